@@ -1,0 +1,131 @@
+"""What a step holds: which tokens belong to which sequence, and which slots these read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from gated_delta.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Row:
+    """``tokens`` new tokens of a sequence whose state is in ``slot``; ``fresh`` if it has no history yet."""
+
+    tokens: int
+    slot: int
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class SpecRow:
+    """The last sampled token and its drafts, ``tokens`` in all, of a speculating sequence.
+
+    ``slots[j]`` receives the state after token j; ``accepted`` tokens of the previous step (the sampled one included)
+    were kept, so ``slots[accepted - 1]`` holds the state to go on from. After a prefill: 1, the prefill's slot first.
+    """
+
+    tokens: int
+    slots: Sequence[int]
+    accepted: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetBatch:
+    """Metadata of one step, shared by all layers; tensors are int32 on the device unless they say otherwise.
+
+    Without speculative rows, decodes (one token, with history) come first, then prefills. With them, every other row
+    counts as a prefill, and tokens stand anywhere: the two index tensors say where. Tokens behind
+    ``num_actual_tokens`` are padding.
+    """
+
+    num_prefills: int
+    num_prefill_tokens: int
+    num_decodes: int
+    num_decode_tokens: int
+    num_spec_decodes: int
+    num_spec_decode_tokens: int
+    num_actual_tokens: int
+    has_initial_state: Tensor | None = None
+    """bool ``[non-spec rows]``"""
+    non_spec_query_start_loc: Tensor | None = None
+    """``[non-spec rows + 1]``"""
+    non_spec_state_indices: Tensor | None = None
+    """``[non-spec rows]``"""
+    spec_query_start_loc: Tensor | None = None
+    """``[spec rows + 1]``"""
+    spec_state_indices: Tensor | None = None
+    """``[spec rows, num_spec + 1]``; -1 where a row has no such token"""
+    spec_token_index: Tensor | None = None
+    """``[spec tokens]``"""
+    non_spec_token_index: Tensor | None = None
+    """``[non-spec tokens]``"""
+    num_accepted_tokens: Tensor | None = None
+    """``[spec rows]``, at least 1"""
+
+    @classmethod
+    def build(
+        cls, rows: Sequence[Row | SpecRow], *, num_spec: int = 0, device: torch.device | str = "cpu"
+    ) -> GatedDeltaNetBatch:
+        """Describe ``rows`` whose tokens stand in this order.
+
+        Raises:
+            OptionError: a row without tokens, a decode behind a prefill, a speculative row that does not fit
+                ``num_spec`` or its own slots.
+        """
+        plain = [row for row in rows if isinstance(row, Row)]
+        spec = [row for row in rows if isinstance(row, SpecRow)]
+        _check_rows(rows, num_spec)
+        decodes = 0 if spec else sum(_is_decode(row) for row in plain)
+        if any(map(_is_decode, plain[decodes:])) and not spec:
+            raise OptionError("GatedDeltaNetBatch.build", "rows", "with a decode behind a prefill", "decodes first")
+
+        def tensor(values: Sequence[object], dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        index: dict[bool, list[int]] = {False: [], True: []}
+        position = 0
+        for row in rows:
+            index[isinstance(row, SpecRow)] += range(position, position + row.tokens)
+            position += row.tokens
+        padded = [[*row.slots, *[-1] * (num_spec + 1 - len(row.slots))] for row in spec]
+        return cls(
+            num_prefills=len(plain) - decodes,
+            num_prefill_tokens=len(index[False]) - decodes,
+            num_decodes=decodes,
+            num_decode_tokens=decodes,
+            num_spec_decodes=len(spec),
+            num_spec_decode_tokens=len(index[True]),
+            num_actual_tokens=position,
+            has_initial_state=tensor([not row.fresh for row in plain], torch.bool),
+            non_spec_query_start_loc=tensor([*accumulate((row.tokens for row in plain), initial=0)]),
+            non_spec_state_indices=tensor([row.slot for row in plain]),
+            spec_query_start_loc=tensor([*accumulate((row.tokens for row in spec), initial=0)]) if spec else None,
+            spec_state_indices=tensor(padded) if spec else None,
+            spec_token_index=tensor(index[True]) if spec else None,
+            non_spec_token_index=tensor(index[False]) if spec else None,
+            num_accepted_tokens=tensor([row.accepted for row in spec]) if spec else None,
+        )
+
+
+def _is_decode(row: Row) -> bool:
+    return row.tokens == 1 and not row.fresh
+
+
+def _check_rows(rows: Sequence[Row | SpecRow], num_spec: int) -> None:
+    for i, row in enumerate(rows):
+        where, name = "GatedDeltaNetBatch.build", f"rows[{i}]"
+        if row.tokens < 1:
+            raise OptionError(where, name, f"of {row.tokens} tokens", "of at least 1 token")
+        if isinstance(row, SpecRow):
+            if not row.tokens <= len(row.slots) <= num_spec + 1:
+                was = f"of {row.tokens} tokens and {len(row.slots)} slots"
+                raise OptionError(where, name, was, f"of a slot a token, at most num_spec + 1 = {num_spec + 1}")
+            if not 1 <= row.accepted <= len(row.slots):
+                raise OptionError(
+                    where, f"{name}.accepted", row.accepted, f"in [1, {len(row.slots)}], one of its slots"
+                )

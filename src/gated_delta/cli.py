@@ -1,0 +1,174 @@
+"""The ``gated-delta`` command."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Annotated
+
+if importlib.util.find_spec("typer") is None or importlib.util.find_spec("rich") is None:
+    sys.exit('gated-delta: the command line needs more packages: pip install "gated-delta[cli]"')
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from gated_delta import __version__
+from gated_delta.dispatch import OPERATORS, explain
+from gated_delta.errors import GatedDeltaError, OptionError
+from gated_delta.model.generation import Options, Summary, generate
+from gated_delta.model.scoring import score, score_steps
+from gated_delta.model.weights import load_model, weights_facts
+from gated_delta.testing.selftest import CASES
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Gated Delta Net: generate text, score text, check this machine.",
+)  # fmt: skip
+console = Console()
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda"; auto takes a GPU that a backend serves.')]
+
+
+def pick_device(name: str) -> str:
+    """The device to run on: "auto" is a GPU if every operator is served there, else the CPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise OptionError("gated-delta", "--device", repr(name), '"auto", "cpu" or "cuda"')
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("gated-delta", "--device", '"cuda"', '"cpu": torch sees no GPU here')
+    if name != "auto":
+        return name
+    served = all(explain(operator, device="cuda").chosen for operator in OPERATORS)
+    return "cuda" if torch.cuda.is_available() and served else "cpu"
+
+
+def progress() -> Progress:
+    return Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+
+
+@app.command("generate")
+def generate_command(
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(help="Bytes to generate.")] = 200,
+    speculative: Annotated[int, typer.Option(help="Most bytes drafted a step, looked up in the text; 0: none.")] = 0,
+    state_dtype: Annotated[str, typer.Option(help="Storage of the recurrent state: fp32 or bf16.")] = "fp32",
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+) -> None:
+    """Continue a text with the bundled Gated Delta Net language model."""
+    if state_dtype not in STATE_DTYPES:
+        raise OptionError("generate", "--state-dtype", repr(state_dtype), " or ".join(STATE_DTYPES))
+    dtype = STATE_DTYPES[state_dtype]
+    options = Options(tokens=tokens, drafts=speculative, temperature=temperature, seed=seed, state_dtype=dtype)
+    place, summary = pick_device(device), Summary()
+    stream = generate(load_model(place), prompt.encode(), options, summary)
+    first = next(stream)  # runs the prompt: bad input ends here, before anything is printed
+    console.print(prompt, style="bold", end="", markup=False, highlight=False, soft_wrap=True)
+    for new in chain([first], stream):
+        console.out(new.decode(errors="replace"), end="", highlight=False)
+    console.print("\n")
+    console.print(_summary_table(summary, place))
+
+
+def _summary_table(summary: Summary, device: str) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    decoded = summary.tokens - 1
+    table.add_row("prefill", f"{summary.prompt_tokens} tokens, {summary.prefill_rate:,.0f} tokens/s on {device}")
+    table.add_row("decode", f"{decoded} tokens, {summary.decode_rate:,.0f} tokens/s in {summary.steps} steps")
+    if summary.drafted:
+        note = f"{summary.tokens_per_step:.2f} tokens a step ({summary.drafted} drafted, {summary.accepted} accepted)"
+        table.add_row("speculation", note)
+    table.add_row(
+        "state",
+        f"{summary.state_bytes:,} bytes of GDN state at any length; the KV cache of these layers would take "
+        f"{summary.replaced_kv_bytes:,} at {summary.prompt_tokens + summary.tokens} tokens",
+    )
+    table.add_row("", f"{summary.kv_bytes:,} bytes of KV cache for the attention layers that the model keeps")
+    return table
+
+
+@app.command("score")
+def score_command(
+    file: Annotated[Path, typer.Argument(help="Any text file.")],
+    device: DeviceOption = "auto",
+) -> None:
+    """Bits per byte of a text file, with the state kept in fp32 and in bf16."""
+    if not file.is_file():
+        raise OptionError("score", "FILE", str(file), "an existing file")
+    text = file.read_bytes()
+    place = pick_device(device)
+    model = load_model(place)
+    steps = score_steps(text, model.config.max_positions)
+    table = Table("state", "bits per byte", "against fp32", title=f"{file.name}: {len(text):,} bytes on {place}")
+    exact: float | None = None
+    with progress() as bar:
+        for name, dtype in STATE_DTYPES.items():
+            task = bar.add_task(f"state in {name}", total=steps)
+            bits = score(model, text, state_dtype=dtype, advance=lambda n, task=task: bar.advance(task, n))
+            exact = bits if exact is None else exact
+            table.add_row(name, f"{bits:.4f}", f"{bits - exact:+.6f}")
+    console.print(table)
+
+
+@app.command("check")
+def check_command(device: DeviceOption = "auto") -> None:
+    """Run every operator and the layer against float64 on this machine."""
+    place = pick_device(device)
+    table = Table("operator", "case", "result", "error", "budget", "", title=f"error against float64, on {place}")
+    failures = 0
+    with progress() as bar:
+        task = bar.add_task("checking", total=len(CASES))
+        for case in CASES:
+            for verdict in case.run(place):
+                failures += not verdict.within
+                mark = "[green]ok[/]" if verdict.within else "[bold red]over[/]"
+                numbers = (f"{verdict.error:.1e}", f"{verdict.budget:.1e}")
+                table.add_row(case.operator, case.name, verdict.name, *numbers, mark)
+            bar.advance(task)
+    console.print(table)
+    if failures:
+        console.print(f"{failures} results are over their budget", style="bold red")
+        raise typer.Exit(1)
+    console.print(f"all {table.row_count} results are within their budgets")
+
+
+@app.command("info")
+def info_command() -> None:
+    """Versions, devices, the bundled model, and which backend serves what."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("gated-delta", __version__)
+    table.add_row("python", platform.python_version())
+    table.add_row("torch", str(torch.__version__))
+    for package in ("triton", "safetensors"):
+        table.add_row(package, "installed" if importlib.util.find_spec(package) else "not installed")
+    threads = f"{torch.get_num_threads()} threads"
+    table.add_row("cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}")
+    for index in range(torch.cuda.device_count()):
+        table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
+    for name, fact in weights_facts().items():
+        table.add_row(f"model {name}", fact)
+    console.print(table)
+    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        for operator in OPERATORS:
+            console.print(str(explain(operator, device=device)), highlight=False, markup=False)
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence on standard error and exit status 2."""
+    try:
+        app()
+    except GatedDeltaError as error:
+        print(f"gated-delta: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Causal depthwise convolution with carried state: packed prefill, and the update for decode and speculation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gated_delta import dispatch, library
+from gated_delta.validation import data, operators
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    conv_states: Tensor | None,
+    cu_seqlens: Tensor,
+    state_indices: Tensor | None,
+    has_initial_state: Tensor | None,
+    activation: str | None = "silu",
+    null_slot: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal convolution over packed sequences: ``y_t = act(bias + sum_j weight_j x_(t-W+1+j))`` in fp32, with the
+    inputs before a sequence's first token taken from its state.
+
+    Args:
+        x: ``[L, D]`` bf16, fp16 or fp32; never overwritten.
+        weight: ``[D, W]``, W 2 to 5; bias: ``[D]``.
+        conv_states: ``[N, D, C]``, or with ``state_indices`` a pool ``[P, D, C]``, ``C >= W-1``, any strides. Columns
+            0 to W-2 are the last W-1 inputs, oldest first, before the call and (written in place) after it; further
+            columns, which speculation uses, are left alone. None: every sequence starts from zeros and keeps nothing.
+        cu_seqlens: ``[N+1]`` int32 or int64. Tokens behind the last sequence are padding.
+        state_indices: ``[N]`` int32 or int64: slot of each sequence. Negative: padding.
+        has_initial_state: ``[N]`` bool: False starts from zeros whatever the slot holds. None: all True.
+        activation: "silu" ("swish" is the same) or None.
+        null_slot: this slot means padding too.
+        backend: "auto", or a name that :func:`gated_delta.explain` lists.
+
+    Returns:
+        ``[L, D]`` in x's dtype; rows of padding are zero.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: the argument, what it is, what it must be.
+        GradientError: an input requires grad under grad mode.
+        BackendError: no such backend, or it cannot serve this call.
+        DataError: in checked mode, a slot or ``cu_seqlens`` out of range.
+    """
+    args = operators.conv(
+        x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation, null_slot
+    )
+    if data.is_checked():
+        data.cu_seqlens(args.where, cu_seqlens, x.shape[0])
+        data.written_slots(args.where, "state_indices", state_indices, conv_states, null_slot)
+    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    library.causal_conv1d(
+        x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation is not None,
+        -1 if null_slot is None else null_slot, output, backend,
+    )  # fmt: skip
+    return output
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    state_indices: Tensor | None,
+    num_accepted_tokens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    null_slot: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The same convolution for rows of one or a few tokens that continue their states.
+
+    Without ``num_accepted_tokens`` the history is columns 0 to W-2, and these hold the last W-1 inputs afterwards.
+    With it the state is a window over a speculative step: the history of row i starts at column
+    ``num_accepted_tokens[i] - 1``, and a step of n tokens leaves columns 0 to W+n-3 holding the history's last W-2
+    inputs and the n tokens, so that the next step can start after any number of accepted ones.
+
+    Args:
+        x: ``[N, D]`` (one token a row), ``[N, T, D]``, or with ``cu_seqlens`` ragged rows packed as ``[L, D]``.
+        conv_states: as for :func:`causal_conv1d`; a step of n speculative tokens needs ``C >= W+n-2`` columns.
+        weight, bias, activation, state_indices, null_slot, backend: as for :func:`causal_conv1d`.
+        num_accepted_tokens: ``[N]`` int32 or int64, at least 1: accepted in the previous step, its bonus included.
+        cu_seqlens: ``[N+1]``: first token of each ragged row.
+
+    Returns:
+        The shape and dtype of x; rows of padding are zero.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: the argument, what it is, what it must be.
+        GradientError: an input requires grad under grad mode.
+        BackendError: no such backend, or it cannot serve this call.
+        DataError: in checked mode, a slot, a count or ``cu_seqlens`` out of range.
+    """
+    args = operators.conv_update(
+        x, conv_states, weight, bias, activation, state_indices, num_accepted_tokens, cu_seqlens, null_slot
+    )
+    if data.is_checked():
+        lengths = None if cu_seqlens is None else cu_seqlens.diff()
+        if cu_seqlens is not None:
+            data.cu_seqlens(args.where, cu_seqlens, x.shape[0])
+        data.written_slots(args.where, "state_indices", state_indices, conv_states, null_slot)
+        data.accepted(args.where, num_accepted_tokens, lengths, conv_states.shape[-1], weight.shape[1])
+    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if cu_seqlens is None:
+        tokens = args.sizes.get("T", 1)
+        cu_seqlens = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32) * tokens
+    library.causal_conv1d_update(
+        x.reshape(-1, x.shape[-1]), conv_states, weight, bias, activation is not None, state_indices,
+        num_accepted_tokens, cu_seqlens, -1 if null_slot is None else null_slot, output.view(-1, x.shape[-1]), backend,
+    )  # fmt: skip
+    return output

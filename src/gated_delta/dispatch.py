@@ -1,0 +1,104 @@
+"""Which backend serves a call: one table, read from the top; the first that can serve it is what "auto" picks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from gated_delta.errors import BackendError
+
+OPERATORS = (
+    "chunk_gated_delta_rule",
+    "gated_delta_rule_decode",
+    "gated_delta_rule_decode_pretranspose",
+    "gated_delta_rule_mtp",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "rms_norm_gated",
+)
+
+
+class Request(NamedTuple):
+    """What a backend may base its answer on."""
+
+    operator: str
+    device: str
+    dtype: torch.dtype
+    head_k: int
+    head_v: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table. ``refuses`` returns why it cannot serve a request, or None if it can."""
+
+    name: str
+    summary: str
+    refuses: Callable[[Request], str | None]
+
+
+def _cpu_refuses(request: Request) -> str | None:
+    return None if request.device == "cpu" else f"it serves tensors on the CPU, and these are on {request.device}"
+
+
+BACKENDS = (Backend("cpu", "chunked or token by token in torch, fp32 arithmetic", _cpu_refuses),)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``backend="auto"`` picks for a request, and what every backend says to it."""
+
+    request: Request
+    chosen: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        r = self.request
+        head = f"{r.operator}, {r.device}, {str(r.dtype).removeprefix('torch.')}, K={r.head_k}, V={r.head_v}"
+        lines = [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join([f"{head} -> {self.chosen or 'no backend'}", *lines])
+
+
+def explain(
+    operator: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    head_k: int = 128,
+    head_v: int = 128,
+) -> Explanation:
+    """Say which backend ``backend="auto"`` picks for ``operator`` (a name of :data:`OPERATORS`) and why.
+
+    Raises:
+        BackendError: ``operator`` is no operator of this package.
+    """
+    if operator not in OPERATORS:
+        raise BackendError("explain", "operator", repr(operator), f"one of {', '.join(OPERATORS)}")
+    request = Request(operator, torch.device(device).type, dtype, head_k, head_v)
+    refusals = {backend: backend.refuses(request) for backend in BACKENDS}
+    chosen = next((backend.name for backend, refusal in refusals.items() if refusal is None), None)
+    reasons = {backend.name: refusal or f"can serve it: {backend.summary}" for backend, refusal in refusals.items()}
+    return Explanation(request, chosen, reasons)
+
+
+def choose(request: Request, backend: str) -> str:
+    """The name of the backend that serves the call.
+
+    Raises:
+        BackendError: there is no such backend, or it (or with "auto" every one) refuses the call.
+    """
+    for row in BACKENDS:
+        if backend in (row.name, "auto"):
+            refusal = row.refuses(request)
+            if refusal is None:
+                return row.name
+            if backend != "auto":
+                raise BackendError(request.operator, "backend", repr(backend), f"another one: {refusal}")
+    names = ", ".join(row.name for row in BACKENDS)
+    if backend != "auto":
+        raise BackendError(request.operator, "backend", repr(backend), f'"auto" or one of: {names}')
+    refusals = "; ".join(f"{row.name}: {row.refuses(request)}" for row in BACKENDS)
+    raise BackendError(request.operator, "backend", '"auto"', f"served by some backend, but none can ({refusals})")

@@ -1,0 +1,158 @@
+"""Text from the model: plain decoding, and speculation with drafts looked up in the text so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gated_delta.errors import OptionError
+from gated_delta.model.network import HybridLM
+from gated_delta.model.session import Session
+
+LONGEST_MATCH, SHORTEST_MATCH = 12, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to generate. ``temperature`` 0 is greedy; ``drafts`` is the most tokens guessed a step, 0 for none."""
+
+    tokens: int = 200
+    drafts: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+    state_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("tokens", self.tokens, 1), ("drafts", self.drafts, 0)):
+            if value < least:
+                raise OptionError("generate", name, value, f"at least {least}")
+        if not self.temperature >= 0:
+            raise OptionError("generate", "temperature", self.temperature, "0 (greedy) or more")
+
+
+@dataclass
+class Summary:
+    """What a generation took. ``tokens`` counts all new ones; the first comes out of the prefill."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    decode_seconds: float = 0.0
+    state_bytes: int = 0
+    """GDN state of the sequence, at any length."""
+    kv_bytes: int = 0
+    """KV cache of the attention layers at the present length."""
+    replaced_kv_bytes: int = 0
+    """KV cache that the GDN layers would need at this length if they were attention layers like the others."""
+
+    @property
+    def prefill_rate(self) -> float:
+        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        return (self.tokens - 1) / max(self.decode_seconds, 1e-9)
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were kept: every step adds one token of its own."""
+        return self.tokens - 1 - self.steps
+
+    @property
+    def tokens_per_step(self) -> float:
+        return (self.tokens - 1) / max(1, self.steps)
+
+
+def look_up(context: bytes, count: int) -> bytes:
+    """Guess the next ``count`` bytes: what followed the latest earlier occurrence of the longest matching ending."""
+    for size in range(min(LONGEST_MATCH, len(context) - 1), SHORTEST_MATCH - 1, -1):
+        found = context.rfind(context[-size:], 0, len(context) - 1)
+        if found >= 0:
+            return context[found + size : found + size + count]
+    return b""
+
+
+class Sampler:
+    """Picks tokens from logits, and judges drafted ones so that speculation leaves the distribution as it is."""
+
+    def __init__(self, temperature: float, seed: int, device: torch.device) -> None:
+        self.temperature = temperature
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+
+    def __call__(self, logits: Tensor, drafts: bytes) -> bytes:
+        """Logits ``[1 + len(drafts), 256]`` -> the accepted drafts and one more token.
+
+        A draft from a deterministic guess is kept with the probability that the model gives it; the token that
+        replaces a rejected one is drawn from the rest (Leviathan, Kalman, Matias 2023, with a one-point draft).
+        """
+        kept = b""
+        for row, draft in zip(logits, drafts, strict=False):
+            if self.temperature == 0:
+                token = int(row.argmax())
+                if token != draft:
+                    return kept + bytes([token])
+            else:
+                probabilities = torch.softmax(row / self.temperature, dim=-1)
+                if torch.rand((), generator=self._generator, device=row.device) >= probabilities[draft]:
+                    probabilities[draft] = 0
+                    return kept + bytes([self._draw(probabilities)])
+            kept += bytes([draft])
+        last = logits[len(drafts)]
+        if self.temperature == 0:
+            return kept + bytes([int(last.argmax())])
+        return kept + bytes([self._draw(torch.softmax(last / self.temperature, dim=-1))])
+
+    def _draw(self, probabilities: Tensor) -> int:
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def generate(model: HybridLM, prompt: bytes, options: Options, summary: Summary) -> Iterator[bytes]:
+    """Yield new bytes as they come (the prompt is not repeated); ``summary`` is filled in on the way.
+
+    Raises:
+        OptionError: the prompt is empty, or prompt and new tokens together outgrow the model's positions.
+    """
+    most = model.config.max_positions
+    if not prompt:
+        raise OptionError("generate", "prompt", "empty", "at least one byte long")
+    if len(prompt) + options.tokens > most:
+        was = f"{len(prompt)} bytes of prompt and {options.tokens} new tokens"
+        raise OptionError("generate", "the context", was, f"at most {most} long, the positions that the model knows")
+    device = model.embedding.weight.device
+    session = Session(model.config, drafts=options.drafts, state_dtype=options.state_dtype, device=device)
+    sampler = Sampler(options.temperature, options.seed, device)
+    summary.prompt_tokens, summary.state_bytes = len(prompt), session.state_bytes
+
+    started = time.perf_counter()
+    logits = model(_tokens(prompt, device), session)
+    session.keep(len(prompt))
+    summary.kv_bytes, summary.replaced_kv_bytes = session.kv_bytes()
+    summary.prefill_seconds = time.perf_counter() - started
+    text = prompt + sampler(logits[0, -1:], b"")
+    summary.tokens = 1
+    yield text[-1:]
+
+    started = time.perf_counter()
+    while summary.tokens < options.tokens:
+        room = options.tokens - summary.tokens - 1
+        drafts = look_up(text, min(options.drafts, room)) if options.drafts and room else b""
+        logits = model(_tokens(text[-1:] + drafts, device), session)
+        new = sampler(logits[0], drafts)
+        session.keep(len(new))
+        text += new
+        summary.tokens += len(new)
+        summary.steps += 1
+        summary.drafted += len(drafts)
+        summary.decode_seconds = time.perf_counter() - started
+        summary.kv_bytes, summary.replaced_kv_bytes = session.kv_bytes()
+        yield new
+
+
+def _tokens(text: bytes, device: torch.device) -> Tensor:
+    return torch.tensor([list(text)], device=device)

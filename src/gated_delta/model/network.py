@@ -1,0 +1,117 @@
+"""The small hybrid language model: byte embeddings, GDN and attention layers, a tied output projection."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gated_delta.batch import GatedDeltaNetBatch
+from gated_delta.layer import GatedDeltaNetAttention
+from gated_delta.model.config import VOCABULARY, HybridConfig
+from gated_delta.model.session import KVCache, Session
+
+
+def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary position embedding of ``x [..., T, H, D]`` at ``positions [..., T]``."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[..., None, None].to(torch.float32) * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with rotary positions."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.heads, self.rope_base = config.attention_heads, config.rope_base
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden ``[B, T, hidden]`` -> q, k, v ``[B, T, H, D]``, q and k rotated."""
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base), v
+
+    def forward(self, hidden: Tensor, start: int, cache: KVCache) -> Tensor:
+        """Tokens ``start`` onwards, hidden ``[B, T, hidden]``, against everything in ``cache``."""
+        positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)
+        q, k, v = self.project(hidden, positions)
+        k, v = cache.extend(start, k, v)
+        seen = torch.arange(k.shape[1], device=hidden.device) <= positions[:, None]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+
+    def evaluate(self, hidden: Tensor) -> Tensor:
+        """Whole sequences ``[B, T, hidden]`` from position 0, in plain differentiable torch."""
+        q, k, v = (x.transpose(1, 2) for x in self.project(hidden, torch.arange(hidden.shape[1], device=hidden.device)))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * size, bias=False)
+        self.down = nn.Linear(size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """A mixer (GDN or attention) and an MLP, each behind an RMSNorm and added to the residual."""
+
+    def __init__(self, config: HybridConfig, layer: int) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = Attention(config) if config.is_attention(layer) else GatedDeltaNetAttention(config.delta_net)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
+        self.layer = layer
+
+    def forward(self, x: Tensor, batch: GatedDeltaNetBatch, session: Session) -> Tensor:
+        """One step of x ``[B, T, hidden]``."""
+        hidden = self.mixer_norm(x)
+        if isinstance(self.mixer, Attention):
+            x = x + self.mixer(hidden, session.length, session.kv_cache(self.layer))
+        else:
+            mixed = self.mixer(hidden.flatten(0, 1), batch, session.layer_state(self.layer))
+            x = x + mixed.unflatten(0, x.shape[:2])
+        return x + self.mlp(self.mlp_norm(x))
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Whole sequences ``[B, T, hidden]``, in plain differentiable torch."""
+        x = x + self.mixer.evaluate(self.mixer_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class HybridLM(nn.Module):
+    """Bytes in, logits of the next byte out."""
+
+    def __init__(self, config: HybridConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or HybridConfig()
+        self.embedding = nn.Embedding(VOCABULARY, self.config.hidden_size)
+        self.blocks = nn.ModuleList(Block(self.config, i) for i in range(self.config.layers))
+        self.norm = nn.RMSNorm(self.config.hidden_size, eps=self.config.norm_eps)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, session: Session) -> Tensor:
+        """One step: tokens ``[B, T]`` -> logits ``[B, T, 256]``. Call ``session.keep`` before the next one."""
+        batch = session.begin(tokens.shape[1])
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, batch, session)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    def evaluate(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[B, T]`` -> logits ``[B, T, 256]`` over whole sequences, in plain differentiable torch."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = block.evaluate(x)
+        return F.linear(self.norm(x), self.embedding.weight)

@@ -1,0 +1,109 @@
+"""A running sequence (or several in step): its slots of GDN state, its KV cache, its position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
+from gated_delta.errors import OptionError
+from gated_delta.model.config import HybridConfig
+from gated_delta.state import LayerState, StatePool
+
+
+class KVCache:
+    """Keys and values of one attention layer for sequences that advance in step."""
+
+    def __init__(self, config: HybridConfig, rows: int, device: torch.device) -> None:
+        head = config.hidden_size // config.attention_heads
+        self.keys = torch.zeros(rows, config.max_positions, config.attention_heads, head, device=device)
+        self.values = torch.zeros_like(self.keys)
+
+    def extend(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``[B, T, H, D]`` at ``start``; returns all keys and values up to the last of them."""
+        stop = start + k.shape[1]
+        self.keys[:, start:stop], self.values[:, start:stop] = k, v
+        return self.keys[:, :stop], self.values[:, :stop]
+
+
+class Session:
+    """State of ``rows`` sequences of equal length.
+
+    With ``drafts`` every step after the first is speculative: the state after each of its tokens is kept until
+    :meth:`keep` says how many of them count.
+
+    Raises (in :meth:`begin`):
+        OptionError: the context would outgrow the positions that the model was trained for.
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        *,
+        rows: int = 1,
+        drafts: int = 0,
+        state_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.drafts, self.device = config, drafts, torch.device(device)
+        attention = [config.is_attention(i) for i in range(config.layers)]
+        self._pool = StatePool(
+            config.delta_net, layers=attention.count(False), slots=rows * (drafts + 1), num_spec=drafts,
+            state_dtype=state_dtype, device=device,
+        )  # fmt: skip
+        self._slots = [self._pool.allocate(drafts + 1) for _ in range(rows)]
+        self._kv = [KVCache(config, rows, self.device) for _ in range(attention.count(True))]
+        self._place = [attention[:i].count(kind) for i, kind in enumerate(attention)]
+        self.length = 0
+        self._accepted = 1
+        self._stepped = 0
+
+    def begin(self, tokens: int) -> GatedDeltaNetBatch:
+        """Describe a step of ``tokens`` tokens a row; :meth:`keep` ends it."""
+        if self.length + tokens > self.config.max_positions:
+            was = f"{self.length + tokens} tokens long"
+            raise OptionError(
+                "Session", "the context", was, f"at most {self.config.max_positions}, the model's positions"
+            )
+        rows: list[Row | SpecRow] = []
+        for slots in self._slots:
+            if self.drafts and self.length:
+                rows.append(SpecRow(tokens, slots, self._accepted))
+            else:
+                rows.append(Row(tokens, slots[0], fresh=self.length == 0))
+        self._stepped = tokens
+        return GatedDeltaNetBatch.build(rows, num_spec=self.drafts, device=self.device)
+
+    def keep(self, tokens: int) -> None:
+        """End a step: its first ``tokens`` tokens count, the rest is rolled back.
+
+        Raises:
+            OptionError: more than the step had, none, or fewer where the session is not speculative.
+        """
+        least = 1 if self.drafts and self.length else self._stepped
+        if not least <= tokens <= self._stepped:
+            raise OptionError("Session.keep", "tokens", tokens, f"in [{least}, {self._stepped}]")
+        self._accepted = tokens if self.drafts and self.length else 1
+        self.length += tokens
+
+    def layer_state(self, layer: int) -> LayerState:
+        """GDN state of model layer ``layer``."""
+        return self._pool.layer(self._place[layer])
+
+    def kv_cache(self, layer: int) -> KVCache:
+        """KV cache of model layer ``layer``."""
+        return self._kv[self._place[layer]]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of GDN state that one sequence carries, whatever its length."""
+        return self._pool.bytes_per_slot
+
+    def kv_bytes(self) -> tuple[int, int]:
+        """Bytes of KV cache at the present length of one sequence: of the attention layers, and what the GDN layers
+        would add if they were attention layers too.
+        """
+        cache = self._kv[0].keys
+        per_layer = 2 * self.length * cache[0, 0].numel() * cache.element_size()
+        attention = len(self._kv)
+        return per_layer * attention, per_layer * (self.config.layers - attention)

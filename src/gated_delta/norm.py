@@ -1,0 +1,42 @@
+"""Gated RMSNorm, the last step of a layer before its output projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gated_delta import dispatch, library
+from gated_delta.validation import operators
+
+
+def rms_norm_gated(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    activation: str = "silu",
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``x rsqrt(mean(x^2) + eps) weight act(z)`` over the last dimension, in fp32, rounded once.
+
+    Args:
+        x, z: ``[..., V]`` of one shape, bf16, fp16 or fp32; never overwritten.
+        weight: ``[V]``.
+        eps: added to the mean square.
+        activation: "silu" ("swish" is the same) or "sigmoid".
+        backend: "auto", or a name that :func:`gated_delta.explain` lists.
+
+    Returns:
+        The shape and dtype of x.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: the argument, what it is, what it must be.
+        GradientError: an input requires grad under grad mode.
+        BackendError: no such backend, or it cannot serve this call.
+    """
+    args = operators.norm(x, z, weight, eps, activation)
+    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    library.rms_norm_gated(x, z, weight, float(eps), activation, output, backend)
+    return output

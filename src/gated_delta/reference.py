@@ -1,0 +1,350 @@
+"""The operators in plain torch: any precision, any device, differentiable.
+
+Two evaluations of the gated delta rule live here. :func:`recurrent` goes token by token and is the oracle; run it
+in float64 to judge anything else. :func:`chunked` does the same with matrix products over chunks of tokens and is
+what the CPU backend runs. Notation follows docs/contract.md: per state head, with state ``S[V, K]``,
+
+    S <- alpha S;   u = beta (v - S k);   S <- S + u k^T;   o = scale S q
+
+Head counts are written HQ, HK, HV for q, k, v and ``HS = max(HQ, HV)`` for state heads. Everything here computes in
+the dtype that the caller passes as ``dtype`` and rounds nothing in between.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+L2_EPS = 1e-6
+CHUNK = 32
+"""Tokens a chunk. Every product with the state costs the same at any chunk length, the triangles inside a chunk grow
+with it, and the state is rewritten once a chunk: 32 was the fastest of 16, 32 and 64 on a CPU (docs/performance.md).
+It divides the contract's 64, so that checkpoints fall on chunk ends."""
+
+_PREPARED_ELEMENTS = 1 << 23
+"""Elements of one C x C gate matrix prepared ahead of the scan: bounds memory for long prompts."""
+
+
+# --- gates and norms --------------------------------------------------------------------------------------------------
+
+
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + e^x)`` without overflow, exact to rounding for every finite ``x``."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+def decay(A_log: Tensor, a: Tensor, dt_bias: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``alpha = exp(-exp(A_log) softplus(a + dt_bias))``, shaped like ``a`` (``[..., HV]``)."""
+    return torch.exp(-torch.exp(A_log.to(dtype)) * softplus(a.to(dtype) + dt_bias.to(dtype)))
+
+
+def write_strength(b: Tensor, *, allow_neg_eigval: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``beta = sigmoid(b)``, doubled where the transition may have negative eigenvalues (OLMo-hybrid)."""
+    beta = torch.sigmoid(b.to(dtype))
+    return 2 * beta if allow_neg_eigval else beta
+
+
+def resolve_scale(scale: float | None, head_k: int) -> float:
+    """``K ** -0.5`` where none is given; any given number is honoured, 0.0 included."""
+    return float(head_k) ** -0.5 if scale is None else float(scale)
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """``x / sqrt(sum(x^2) + 1e-6)`` over the last dimension."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """``silu`` (also called ``swish``), ``sigmoid`` or nothing."""
+    if activation in ("silu", "swish"):
+        return F.silu(x)
+    return torch.sigmoid(x) if activation == "sigmoid" else x
+
+
+def rms_norm_gated(
+    x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str = "silu", *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``x rsqrt(mean(x^2) + eps) weight act(z)`` over the last dimension."""
+    x = x.to(dtype)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return normed * weight.to(dtype) * activate(z.to(dtype), activation)
+
+
+# --- causal convolution over packed sequences -------------------------------------------------------------------------
+
+
+class Extended(NamedTuple):
+    """Packed sequences, each with its history in front: what a causal convolution reads."""
+
+    rows: Tensor
+    """``[L + N (W - 1), D]``: per sequence its ``W - 1`` history rows, then its tokens."""
+    starts: Tensor
+    """``[N + 1]``: where each sequence (history included) begins in ``rows``."""
+    tokens: Tensor
+    """``[L]``: where each packed token stands in ``rows``."""
+
+
+def extend(x: Tensor, history: Tensor, cu_seqlens: Tensor) -> Extended:
+    """Put ``history [N, W-1, D]`` in front of the sequences packed in ``x [L, D]``."""
+    count, width, _ = history.shape
+    offsets = torch.arange(count + 1, device=x.device) * width
+    starts = cu_seqlens.to(torch.int64) + offsets
+    lengths = cu_seqlens.diff().to(torch.int64)
+    tokens = torch.arange(x.shape[0], device=x.device) + torch.repeat_interleave(
+        offsets[1:], lengths, output_size=x.shape[0]
+    )
+    rows = x.new_zeros(x.shape[0] + count * width, x.shape[1], dtype=history.dtype)
+    past = starts[:-1, None] + torch.arange(width, device=x.device)
+    rows = rows.index_copy(0, past.flatten(), history.flatten(0, 1))
+    return Extended(rows.index_copy(0, tokens, x.to(history.dtype)), starts, tokens)
+
+
+def causal_conv1d(extended: Extended, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Depthwise causal convolution of ``weight [D, W]`` over ``extended``; ``[L, D]`` in the dtype of its rows."""
+    rows, width = extended.rows, weight.shape[1]
+    weight = weight.to(rows.dtype)
+    y = rows.new_zeros(()) if bias is None else bias.to(rows.dtype)
+    for tap in range(width):
+        y = y + rows.index_select(0, extended.tokens - (width - 1 - tap)) * weight[:, tap]
+    return activate(y, activation)
+
+
+# --- the rule, token by token -----------------------------------------------------------------------------------------
+
+
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat the heads of ``x [..., H, D]`` so that head ``i`` of the result is head ``i // (heads // H)`` of x."""
+    return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], dim=-2)
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    *,
+    keep_every: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The rule token by token: q ``[B, T, HQ, K]``, k ``[B, T, HK, K]``, v ``[B, T, HV, V]``, alpha and beta
+    ``[B, T, HS]``, state ``[B, HS, V, K]``.
+
+    Returns the output ``[B, T, HS, V]``, the final state, and the states after every ``keep_every`` tokens (none for
+    0).
+    """
+    heads = alpha.shape[-1]
+    q, k, v = (expand_heads(x.to(dtype), heads) for x in (q, k, v))
+    alpha, beta, state = alpha.to(dtype), beta.to(dtype), state.to(dtype)
+    outputs, kept = [v[:, :0]], []
+    for t in range(q.shape[1]):
+        state = state * alpha[:, t, :, None, None]
+        u = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhvk,bhk->bhv", state, k[:, t]))
+        state = state + u[..., :, None] * k[:, t, :, None, :]
+        outputs.append(scale * torch.einsum("bhvk,bhk->bhv", state, q[:, t])[:, None])
+        if keep_every and (t + 1) % keep_every == 0:
+            kept.append(state)
+    return torch.cat(outputs, dim=1), state, kept
+
+
+# --- the rule, by chunks ----------------------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """Chunks of packed sequences in the order of the scan: all first chunks, then all second chunks, and so on,
+    the longest sequences first, so that the sequences still running at a step are a prefix of the list.
+    """
+
+    order: list[int]
+    """Sequences, longest first."""
+    widths: list[int]
+    """How many sequences have a chunk at each step."""
+    tokens: Tensor
+    """``[chunks, C]``: packed position of every token; a short last chunk repeats its last one."""
+    valid: Tensor
+    """``[chunks, C]``: False where ``tokens`` repeats."""
+
+
+def _plan(spans: Sequence[tuple[int, int]], chunk: int, device: torch.device) -> _Plan:
+    lengths = [end - start for start, end in spans]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    starts, ends, widths = [], [], []
+    for first in range(0, lengths[order[0]] if order else 0, chunk):
+        running = [i for i in order if lengths[i] > first]
+        widths.append(len(running))
+        starts += [spans[i][0] + first for i in running]
+        ends += [spans[i][1] for i in running]
+    tokens = torch.tensor(starts, dtype=torch.int64, device=device)[:, None] + torch.arange(chunk, device=device)
+    stop = torch.tensor(ends, dtype=torch.int64, device=device)[:, None]
+    return _Plan(order, widths, torch.minimum(tokens, stop - 1), tokens < stop)
+
+
+def _unit_lower_inverse(lower: Tensor) -> Tensor:
+    """``(I + lower)^-1`` for strictly lower triangular matrices: blocks of 8 by substitution, then merged pairwise.
+
+    A product form such as ``(I - N)(I + N^2)...`` would be shorter, but its powers grow without bound for similar
+    keys; substitution never forms them.
+    """
+    size = lower.shape[-1]
+    if size <= 8:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower + eye, eye.expand_as(lower), upper=False, unitriangular=True)
+    half = size // 2
+    first, second = _unit_lower_inverse(torch.stack((lower[..., :half, :half], lower[..., half:, half:])))
+    corner = -(second @ lower[..., half:, :half] @ first)
+    top = torch.cat((first, torch.zeros_like(first)), dim=-1)
+    return torch.cat((top, torch.cat((corner, second), dim=-1)), dim=-2)
+
+
+class _Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: Tensor
+    beta: Tensor
+    scale: float
+    dtype: torch.dtype
+
+
+class _Prepared(NamedTuple):
+    """What the scan needs of a run of chunks; it depends on no state. ``m`` chunks, ``C`` tokens each."""
+
+    qk: Tensor
+    """``[m, HS, 2C, K]``: queries over keys, so that one product reads the state for both."""
+    v: Tensor
+    """``[m, HS, C, V]``"""
+    solve: Tensor
+    """``[m, HS, C, C]``: T, from values to updates."""
+    attend: Tensor
+    """``[m, HS, C, C]``: P, from updates to outputs."""
+    decay_in: Tensor
+    """``[m, HS, C, 1]``: decay from the chunk's start to after each token."""
+    decay_out: Tensor
+    """``[m, HS, C, 1]``: decay from after each token to the chunk's end."""
+
+
+def _prepare(inputs: _Inputs, tokens: Tensor, valid: Tensor) -> _Prepared:
+    q, k, v, alpha, beta, scale, dtype = inputs
+    heads, size = alpha.shape[-1], tokens.shape[1]
+
+    def gather(x: Tensor) -> Tensor:
+        rows = x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+        return rows.to(dtype).transpose(1, 2).contiguous()
+
+    def per_state_head(x: Tensor) -> Tensor:
+        return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+    alpha = torch.where(valid[:, None], gather(alpha), 1.0)
+    beta = torch.where(valid[:, None], gather(beta), 0.0)
+    # gamma[i, j] = alpha[j+1] ... alpha[i]: a running product, never a quotient of two, so exact zeros are harmless.
+    causal = torch.ones(size, size, dtype=torch.bool, device=alpha.device).tril()
+    gamma = torch.where(causal.tril(-1), alpha[..., None], 1.0).cumprod(dim=-2)
+    decay_out = gamma[..., -1, :, None]
+    gamma = torch.where(causal, gamma, 0.0)
+    k = gather(k)
+    qk = torch.cat((gather(q) * scale, k), dim=-2)
+    scores = per_state_head(qk @ k.transpose(-1, -2))
+    lower = (scores[..., size:, :] * gamma * beta[..., None]).tril(-1)
+    return _Prepared(
+        qk=per_state_head(qk),
+        v=gather(v),
+        solve=_unit_lower_inverse(lower) * beta[..., None, :],
+        attend=scores[..., :size, :] * gamma,
+        decay_in=alpha.cumprod(-1)[..., None],
+        decay_out=decay_out,
+    )
+
+
+def _scan_chunk(state: Tensor, chunk: _Prepared) -> tuple[Tensor, Tensor]:
+    """One chunk of every running sequence: state ``[n, HS, K, V]`` -> output ``[n, HS, C, V]`` and the next state."""
+    size = chunk.v.shape[-2]
+    read = chunk.qk @ state
+    u = chunk.solve @ (chunk.v - chunk.decay_in * read[..., size:, :])
+    output = chunk.decay_in * read[..., :size, :] + chunk.attend @ u
+    keys = chunk.qk[..., size:, :].transpose(-1, -2)
+    return output, chunk.decay_in[..., -1:, :] * state + keys @ (chunk.decay_out * u)
+
+
+def _prepared_chunks(inputs: _Inputs, plan: _Plan) -> Iterator[_Prepared]:
+    """The chunks of each step, prepared many steps at a time."""
+    heads, chunk = inputs.alpha.shape[-1], plan.tokens.shape[1]
+    most = max(1, _PREPARED_ELEMENTS // (heads * chunk * chunk))
+    edges = list(accumulate(plan.widths, initial=0))
+    step, steps = 0, len(plan.widths)
+    while step < steps:
+        stop = max(step + 1, bisect_right(edges, edges[step] + most) - 1)
+        rows = slice(edges[step], edges[stop])
+        prepared = _prepare(inputs, plan.tokens[rows], plan.valid[rows])
+        for i in range(step, stop):
+            here = slice(edges[i] - edges[step], edges[i + 1] - edges[step])
+            yield _Prepared(*(x[here] for x in prepared))
+        step = stop
+
+
+class Chunked(NamedTuple):
+    """What :func:`chunked` returns."""
+
+    output: Tensor
+    """``[L, HS, V]``"""
+    state: Tensor
+    """``[N, HS, V, K]``: each sequence's final state."""
+    checkpoints: list[list[Tensor]]
+    """Per sequence, the state ``[HS, V, K]`` after every ``checkpoint_every`` tokens."""
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    scale: float,
+    state: Tensor,
+    spans: Sequence[tuple[int, int]],
+    *,
+    checkpoint_every: int = 0,
+    chunk: int = CHUNK,
+    dtype: torch.dtype = torch.float32,
+) -> Chunked:
+    """The rule by chunks, for packed sequences: q ``[L, HQ, K]``, k ``[L, HK, K]``, v ``[L, HV, V]``, alpha and beta
+    ``[L, HS]``, initial state ``[N, HS, V, K]``; sequence i is the tokens ``spans[i]``, first to one past the last
+    (tokens of no span are left out and their output is zero); ``checkpoint_every`` is 0 or a multiple of ``chunk``.
+
+    The state before a chunk enters through two products; inside the chunk the updates u solve a unit lower
+    triangular system (docs/maths.md derives it).
+    """
+    heads = alpha.shape[-1]
+    if k.shape[-2] < q.shape[-2]:  # GQA: many q heads share k and v. (In GVA q and k go together already.)
+        k, v = expand_heads(k, heads), expand_heads(v, heads)
+    plan = _plan(spans, chunk, q.device)
+    running = state.to(dtype).transpose(-1, -2)[plan.order]
+    finished: list[Tensor] = []
+    outputs = [v.new_empty(0, heads, chunk, v.shape[-1], dtype=dtype)]
+    checkpoints: list[list[Tensor]] = [[] for _ in plan.order]
+    for step, prepared in enumerate(_prepared_chunks(_Inputs(q, k, v, alpha, beta, scale, dtype), plan)):
+        width = plan.widths[step]
+        finished.append(running[width:])
+        output, running = _scan_chunk(running[:width], prepared)
+        outputs.append(output)
+        done = (step + 1) * chunk
+        if checkpoint_every and done % checkpoint_every == 0:
+            for row, sequence in enumerate(plan.order[:width]):
+                if spans[sequence][1] - spans[sequence][0] >= done:
+                    checkpoints[sequence].append(running[row].transpose(-1, -2))
+    final = torch.cat([running, *reversed(finished)])[_inverse(plan.order)].transpose(-1, -2)
+    rows = torch.cat(outputs).transpose(1, 2)[plan.valid]
+    output = rows.new_zeros(q.shape[0], heads, v.shape[-1]).index_copy(0, plan.tokens[plan.valid], rows)
+    return Chunked(output, final, checkpoints)
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes ``order``."""
+    return sorted(range(len(order)), key=order.__getitem__)

@@ -1,0 +1,50 @@
+"""The error budget (docs/numerics.md): no hand-set tolerances.
+
+A result is right when its error against a float64 evaluation is at most twice the error of a plain evaluation of the
+same rule on the same inputs (token by token, fp32 arithmetic, rounded where a kernel must store) plus one ulp of the
+dtype that it is stored in.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Verdict(NamedTuple):
+    """One result judged."""
+
+    name: str
+    error: float
+    budget: float
+
+    @property
+    def within(self) -> bool:
+        """False for NaN too."""
+        return self.error <= self.budget
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """``||x - exact|| / ||exact||``, or ``||x||`` where exact is zero; NaN where x is not finite anywhere."""
+    difference = x.detach().cpu().double() - exact.cpu()
+    scale = exact.cpu().norm().item()
+    return difference.norm().item() / (scale if scale > 0 else 1.0)
+
+
+def judge(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Verdict:
+    """Judge ``actual`` by its own dtype; ``plain`` is rounded to that first, ``exact`` is float64."""
+    if actual.shape != exact.shape:
+        raise AssertionError(f"{name}: shape {list(actual.shape)} where {list(exact.shape)} is exact")
+    allowed = 2 * relative_error(plain.to(actual.dtype), exact) + torch.finfo(actual.dtype).eps
+    return Verdict(name, relative_error(actual, exact), allowed)
+
+
+def assert_within_budget(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Raises:
+    AssertionError: the error is over the budget, or a value is not finite.
+    """
+    verdict = judge(name, actual, plain, exact)
+    if not verdict.within:
+        raise AssertionError(f"{name}: error {verdict.error:.3e} is over its budget of {verdict.budget:.3e}")

@@ -1,0 +1,187 @@
+"""Random inputs for every operator, and the cases that the usual tests miss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gated_delta import reference
+
+Inputs = dict[str, Any]
+"""Keyword arguments of an operator."""
+
+GATES = ("none", "weak", "mix", "model", "strong")
+
+
+def log_decay(kind: str, tokens: int, heads: int, generator: torch.Generator) -> Tensor:
+    """``[tokens, heads]`` fp32 natural logarithms of alpha.
+
+    "none": 0. "weak": -0.05 to -0.005. "mix": three heads in four ``logsigmoid(N(0,1)) / 16``, the rest 0. "model":
+    as a freshly initialised layer makes them. "strong": -20 a token.
+    """
+    if kind == "none":
+        return torch.zeros(tokens, heads)
+    if kind == "weak":
+        return -torch.empty(tokens, heads).uniform_(0.005, 0.05, generator=generator)
+    if kind == "strong":
+        return torch.full((tokens, heads), -20.0)
+    noise = torch.randn(tokens, heads, generator=generator)
+    if kind == "mix":
+        return F.logsigmoid(noise) / 16 * (torch.arange(heads) % 4 != 3)
+    if kind != "model":
+        raise ValueError(f"gates is {kind!r}; it must be one of {', '.join(GATES)}")
+    a_log = torch.empty(heads).uniform_(1, 16, generator=generator).log()
+    dt = torch.empty(heads).uniform_(1e-3, 1e-1, generator=generator)
+    return -a_log.exp() * reference.softplus(noise + dt + torch.log(-torch.expm1(-dt)))
+
+
+def prefill_inputs(
+    lengths: Sequence[int],
+    *,
+    hq: int = 2,
+    hk: int = 2,
+    hv: int = 4,
+    head_k: int = 64,
+    head_v: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    gates: str = "model",
+    g_space: str = "log",
+    similar_keys: bool = False,
+    seed: int = 0,
+) -> Inputs:
+    """Arguments of ``chunk_gated_delta_rule``: normalised q and k, ``beta = sigmoid(N(0,1))``, gates as
+    :func:`log_decay` makes them. ``similar_keys`` points all keys of a head roughly the same way, which makes the
+    system inside a chunk as stiff as it gets.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total, heads = sum(lengths), max(hq, hv)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    k = normal(total, hk, head_k)
+    if similar_keys:
+        k = 0.2 * k + normal(1, hk, head_k)
+    g = log_decay(gates, total, heads, generator)
+    return {
+        "q": reference.l2norm(normal(total, hq, head_k)).to(dtype),
+        "k": reference.l2norm(k).to(dtype),
+        "v": normal(total, hv, head_v).to(dtype),
+        "g": g if g_space == "log" else g.exp(),
+        "beta": torch.sigmoid(normal(total, heads)),
+        "g_space": g_space,
+        "cu_seqlens": torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32),
+    }
+
+
+def with_state(inputs: Inputs, *, dtype: torch.dtype = torch.float32, seed: int = 1) -> Inputs:
+    """The same with a random ``initial_state`` of one state a sequence."""
+    shape = (len(inputs["cu_seqlens"]) - 1, inputs["beta"].shape[1], inputs["v"].shape[-1], inputs["k"].shape[-1])
+    state = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) / shape[-1] ** 0.5
+    return {**inputs, "initial_state": state.to(dtype)}
+
+
+def recurrent_inputs(
+    batch: int,
+    tokens: int = 1,
+    *,
+    h: int = 2,
+    hv: int = 4,
+    head_k: int = 64,
+    head_v: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    state_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Inputs:
+    """Arguments of the decode operators with raw gates; ``state`` is ``[B, HV, V, K]``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "q": normal(batch, tokens, h, head_k).to(dtype),
+        "k": normal(batch, tokens, h, head_k).to(dtype),
+        "v": normal(batch, tokens, hv, head_v).to(dtype),
+        "state": (normal(batch, hv, head_v, head_k) / head_k**0.5).to(state_dtype),
+        "A_log": torch.logspace(-1.3, 1.2, hv).log(),
+        "a": normal(batch, tokens, hv).to(dtype),
+        "dt_bias": torch.full((hv,), -4.0),
+        "b": normal(batch, tokens, hv).to(dtype),
+    }
+
+
+def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
+    """The same on another device."""
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+
+
+def _changed(inputs: Inputs, **changes: Any) -> Inputs:
+    return {**inputs, **changes}
+
+
+def _negated(inputs: Inputs) -> Inputs:
+    return _changed(inputs, q=-inputs["q"].abs(), k=-inputs["k"].abs())
+
+
+def _constant_beta(inputs: Inputs, value: float) -> Inputs:
+    return _changed(inputs, beta=torch.full_like(inputs["beta"], value))
+
+
+def _sprinkled(inputs: Inputs, name: str, values: Sequence[float]) -> Inputs:
+    """Every fifth token of ``name`` takes one of ``values``, in turn."""
+    changed = inputs[name].clone()
+    for i, row in enumerate(range(2, len(changed), 5)):
+        changed[row] = values[i % len(values)]
+    return _changed(inputs, **{name: changed})
+
+
+def _strided(inputs: Inputs) -> Inputs:
+    """q, k and v as slices of one fused buffer, gates as slices of wider ones."""
+    widths = [inputs[name].flatten(1).shape[1] for name in "qkv"]
+    fused = torch.cat([inputs[name].flatten(1) for name in "qkv"], dim=1)
+    slices = dict(zip("qkv", fused.split(widths, dim=1), strict=True))
+    changed = {name: x.unflatten(1, inputs[name].shape[1:]) for name, x in slices.items()}
+    for name in ("g", "beta"):
+        changed[name] = torch.cat((inputs[name], inputs[name]), dim=1)[:, : inputs[name].shape[1]]
+    changed["cu_seqlens"] = inputs["cu_seqlens"].repeat_interleave(2)[::2]
+    return _changed(inputs, **changed)
+
+
+def _raw_norms(inputs: Inputs) -> Inputs:
+    """Q and k so short that a wrong epsilon in the L2 norm shows, to be normalised by the operator."""
+    short = {name: inputs[name] * 2e-3 for name in "qk"}
+    return _changed(inputs, **short, use_qk_l2norm_in_kernel=True)
+
+
+BLIND_SPOTS: dict[str, Callable[[], Inputs]] = {
+    "K != V": lambda: with_state(prefill_inputs([70, 130], head_k=96, head_v=192)),
+    "K > V": lambda: with_state(prefill_inputs([70, 130], head_k=128, head_v=32)),
+    "all q and k negative": lambda: _negated(prefill_inputs([200])),
+    "similar keys": lambda: with_state(prefill_inputs([200], gates="weak", similar_keys=True)),
+    "similar keys, beta 1": lambda: _constant_beta(
+        with_state(prefill_inputs([200], gates="weak", similar_keys=True)), 1.0
+    ),
+    "32k tokens, no decay": lambda: prefill_inputs([32768], hq=1, hk=1, hv=1, head_k=32, head_v=32, gates="none"),
+    "32k tokens, weak decay": lambda: prefill_inputs([32768], hq=1, hk=1, hv=1, head_k=32, head_v=32, gates="weak"),
+    "-20 nats a token": lambda: with_state(prefill_inputs([200], gates="strong")),
+    "-20 nats, then weak, in one chunk": lambda: _sprinkled(
+        with_state(prefill_inputs([200], gates="weak")), "g", [-20.0]
+    ),
+    "log gate exactly 0": lambda: _sprinkled(with_state(prefill_inputs([200], gates="weak")), "g", [0.0]),
+    "alpha exactly 0": lambda: _sprinkled(
+        with_state(prefill_inputs([200], gates="weak", g_space="linear")), "g", [0.0]
+    ),
+    "beta 0, 1 and 2": lambda: _sprinkled(with_state(prefill_inputs([200])), "beta", [0.0, 1.0, 2.0]),
+    "beta all 0": lambda: _constant_beta(with_state(prefill_inputs([100])), 0.0),
+    "empty sequences everywhere": lambda: with_state(prefill_inputs([0, 0, 65, 0, 1, 0, 64, 0])),
+    "strided inputs": lambda: _strided(with_state(prefill_inputs([33, 100]))),
+    "l2norm of short vectors": lambda: _raw_norms(with_state(prefill_inputs([100]))),
+    "scale 0": lambda: _changed(prefill_inputs([100]), scale=0.0),
+}
+"""Named prefill inputs that a suite on friendly data would not try."""

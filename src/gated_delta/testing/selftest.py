@@ -1,0 +1,195 @@
+"""Every operator and the layer against float64: what ``gated-delta check`` runs, and our own tests too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import gated_delta as gd
+from gated_delta.batch import GatedDeltaNetBatch, Row
+from gated_delta.config import GatedDeltaNetConfig
+from gated_delta.layer import GatedDeltaNetAttention
+from gated_delta.state import StatePool
+from gated_delta.testing import oracle
+from gated_delta.testing.budget import Verdict, judge
+from gated_delta.testing.inputs import (
+    BLIND_SPOTS,
+    Inputs,
+    prefill_inputs,
+    recurrent_inputs,
+    to_device,
+    with_state,
+)
+
+
+class Case(NamedTuple):
+    """One call of an operator, and how to judge what it gives."""
+
+    operator: str
+    name: str
+    run: Callable[[str], list[Verdict]]
+    """Takes the device to run on."""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _prefill(make: Callable[[], Inputs], device: str) -> list[Verdict]:
+    inputs = make()
+    given = to_device(inputs, device)
+    output, final = gd.chunk_gated_delta_rule(**given, output_final_state=True)
+    plain, exact = (oracle.prefill(**inputs, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    return [
+        judge("output", output, plain.output, exact.output),
+        judge("state", final, plain.state, exact.state),
+    ]
+
+
+def _checkpoints(device: str) -> list[Verdict]:
+    inputs = with_state(prefill_inputs([200, 0, 64, 300]), dtype=torch.bfloat16)
+    starts = torch.tensor([0, 3, 3, 4, 8], dtype=torch.int32, device=device)
+    stored = torch.zeros(8, 4, 64, 64, device=device)
+    gd.chunk_gated_delta_rule(
+        **to_device(inputs, device), state_checkpoints=stored, checkpoint_cu_starts=starts, checkpoint_every_n_tokens=64
+    )
+    plain, exact = (
+        torch.stack(oracle.prefill(**inputs, checkpoint_every_n_tokens=64, dtype=dtype).kept)
+        for dtype in (torch.float32, torch.float64)
+    )
+    return [judge("checkpoints", stored, plain, exact)]
+
+
+def _decode(layout: str, dtype: torch.dtype, state_dtype: torch.dtype, device: str) -> list[Verdict]:
+    inputs = recurrent_inputs(5, dtype=dtype, state_dtype=state_dtype, head_k=96, head_v=128)
+    plain, exact = (oracle.recurrent(**inputs, dtype=t) for t in (torch.float32, torch.float64))
+    given = to_device(inputs, device)  # on the same device the operator writes into these very tensors
+    if layout == "[V, K]":
+        output, state = gd.gated_delta_rule_decode_pretranspose(**given)
+    else:
+        given["state"] = given["state"].transpose(-1, -2).contiguous()
+        output, state = gd.gated_delta_rule_decode(**given)
+        state = state.transpose(-1, -2)
+    return [judge("output", output, plain.output, exact.output), judge("state", state, plain.state, exact.state)]
+
+
+def _mtp(tokens: int, state_dtype: torch.dtype, device: str) -> list[Verdict]:
+    inputs = recurrent_inputs(3, tokens, state_dtype=state_dtype)
+    given = to_device(inputs, device)
+    state = given.pop("state")
+    pool = torch.full((7, *state.shape[1:]), torch.nan, dtype=state_dtype, device=device)
+    slots = torch.tensor([4, 1, 6], device=device)
+    pool[slots] = state
+    snapshots = torch.empty(3, tokens, *state.shape[1:], dtype=state_dtype, device=device)
+    output, pool = gd.gated_delta_rule_mtp(
+        **given, initial_state=pool, initial_state_indices=slots, intermediate_states_buffer=snapshots,
+        disable_state_update=False,
+    )  # fmt: skip
+    plain, exact = (oracle.recurrent(**inputs, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    return [
+        judge("output", output, plain.output, exact.output),
+        judge("state", pool[slots], plain.state, exact.state),
+        judge("snapshots", snapshots, torch.stack(plain.kept, 1), torch.stack(exact.kept, 1)),
+    ]
+
+
+def _normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _conv(dtype: torch.dtype, width: int, device: str) -> list[Verdict]:
+    x, weight, bias = _normal(90, 48, seed=0, dtype=dtype), _normal(48, width, seed=1), _normal(48, seed=2)
+    states = _normal(3, 48, width - 1, seed=3, dtype=dtype)
+    starts = torch.tensor([0, 1, 1, 90], dtype=torch.int32)
+    history = states.transpose(1, 2)
+    plain, exact = (
+        oracle.conv(x, weight, bias, history, starts, "silu", dtype=t) for t in (torch.float32, torch.float64)
+    )
+    given = to_device({"x": x, "weight": weight, "bias": bias, "conv_states": states, "cu_seqlens": starts}, device)
+    y = gd.causal_conv1d(**given, state_indices=None, has_initial_state=None)
+    return [judge("output", y, plain, exact)]
+
+
+def _conv_update(dtype: torch.dtype, device: str) -> list[Verdict]:
+    x, weight, states = (_normal(*s, seed=i, dtype=dtype) for i, s in enumerate(((4, 3, 32), (32, 4), (4, 32, 5))))
+    accepted = torch.tensor([1, 3, 2, 1])
+    history = torch.stack([row[:, n - 1 : n + 2].T for row, n in zip(states, accepted.tolist(), strict=True)])
+    starts = torch.arange(5) * 3
+    plain, exact = (
+        oracle.conv(x.flatten(0, 1), weight, None, history, starts, "silu", dtype=t).view(4, 3, 32)
+        for t in (torch.float32, torch.float64)
+    )
+    given = to_device({"x": x, "conv_states": states, "weight": weight, "num_accepted_tokens": accepted}, device)
+    return [judge("output", gd.causal_conv1d_update(**given, state_indices=None), plain, exact)]
+
+
+def _norm(dtype: torch.dtype, activation: str, device: str) -> list[Verdict]:
+    x, z, weight = _normal(50, 4, 64, seed=0, dtype=dtype), _normal(50, 4, 64, seed=1, dtype=dtype), _normal(64, seed=2)
+    gated = []
+    for t in (torch.float32, torch.float64):
+        act = torch.sigmoid(z.to(t)) * (1 if activation == "sigmoid" else z.to(t))
+        gated.append(x.to(t) / (x.to(t).square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.to(t) * act)
+    y = gd.rms_norm_gated(x.to(device), z.to(device), weight.to(device), 1e-6, activation)
+    return [judge("output", y, *gated)]
+
+
+@torch.no_grad()
+def _layer(projection: str, device: str) -> list[Verdict]:
+    """A prompt in two pieces, then three decodes, in a pool full of NaN."""
+    torch.manual_seed(0)
+    config = GatedDeltaNetConfig(
+        hidden_size=64, num_k_heads=2, num_v_heads=4, head_k_dim=32, head_v_dim=64, projection=projection
+    )
+    layer, hidden = GatedDeltaNetAttention(config), _normal(1, 80, 64, seed=0)
+    plain = layer.evaluate(hidden, token_by_token=True)[0]
+    exact = layer.double().evaluate(hidden.double(), token_by_token=True, dtype=torch.float64)[0]
+    layer = layer.float().to(device)
+    state = StatePool(config, layers=1, slots=3, device=device).layer(0)
+    state.conv.fill_(torch.nan)
+    state.recurrent.fill_(torch.nan)
+    steps = [(0, 50, True), (50, 77, False), *((t, t + 1, False) for t in range(77, 80))]
+    output = torch.cat([
+        layer(hidden[0, a:b].to(device), GatedDeltaNetBatch.build([Row(b - a, 2, fresh)], device=device), state)
+        for a, b, fresh in steps
+    ])  # fmt: skip
+    return [judge("output", output, plain, exact)]
+
+
+def _cases() -> list[Case]:
+    low, all_dtypes = (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16, torch.float32)
+    cases = [Case("chunk_gated_delta_rule", name, partial(_prefill, make)) for name, make in BLIND_SPOTS.items()]
+    for dtype in all_dtypes:
+        for heads in ((2, 2, 2), (2, 2, 6), (4, 2, 2)):
+            sizes = dict(zip(("hq", "hk", "hv"), heads, strict=True))
+            make = partial(prefill_inputs, [100, 1, 64, 35], dtype=dtype, **sizes)
+            name = f"{_name(dtype)}, heads {'/'.join(map(str, heads))}"
+            cases.append(Case("chunk_gated_delta_rule", name, partial(_prefill, lambda m=make: with_state(m()))))
+        for layout, operator in (
+            ("[K, V]", "gated_delta_rule_decode"),
+            ("[V, K]", "gated_delta_rule_decode_pretranspose"),
+        ):
+            for state in all_dtypes:
+                name = f"{_name(dtype)}, state {_name(state)}"
+                cases.append(Case(operator, name, partial(_decode, layout, dtype, state)))
+        cases.append(Case("causal_conv1d_update", _name(dtype), partial(_conv_update, dtype)))
+        for activation in ("silu", "sigmoid"):
+            cases.append(Case("rms_norm_gated", f"{_name(dtype)}, {activation}", partial(_norm, dtype, activation)))
+    cases.append(Case("chunk_gated_delta_rule", "checkpoints", _checkpoints))
+    for tokens in (1, 2, 5, 16):
+        for state in (torch.float32, *low):
+            cases.append(
+                Case("gated_delta_rule_mtp", f"T={tokens}, state {_name(state)}", partial(_mtp, tokens, state))
+            )
+    for width in (2, 3, 4, 5):
+        for dtype in all_dtypes:
+            cases.append(Case("causal_conv1d", f"{_name(dtype)}, W={width}", partial(_conv, dtype, width)))
+    for projection in ("interleaved", "flat"):
+        cases.append(Case("GatedDeltaNetAttention", projection, partial(_layer, projection)))
+    return cases
+
+
+CASES = _cases()

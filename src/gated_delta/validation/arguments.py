@@ -1,0 +1,146 @@
+"""The tools of the room: sizes bound by name, one message per fault."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gated_delta.errors import DeviceError, DtypeError, GradientError, LayoutError, OptionError, ShapeError
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INDICES = (torch.int32, torch.int64)
+HEAD_SIZES = (32, 64, 96, 128, 192, 256)
+
+
+def describe_dtypes(dtypes: Collection[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+@lru_cache(maxsize=256)
+def _dims(spec: str) -> tuple[str, ...]:
+    return tuple(spec.split())
+
+
+class Arguments:
+    """Checks the tensors of one call, in the order in which they are given.
+
+    A shape is written as names, ``"L HQ K"``: the first tensor that uses a name binds it, later ones must agree.
+    ``N+1`` is one more than ``N``, ``>=B`` at least ``B``, a number is itself, and ``*`` is any size.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.sizes: dict[str, int] = {}
+        self.bound_by: dict[str, str] = {}
+        self._device: tuple[str, torch.device] | None = None
+
+    def tensor(
+        self,
+        name: str,
+        value: Any,
+        spec: str,
+        dtypes: Collection[torch.dtype],
+        *,
+        any_stride: bool = False,
+    ) -> None:
+        """Check one required tensor: its type, rank and sizes, dtype, device, gradient and innermost stride."""
+        if not isinstance(value, Tensor):
+            must = f"a tensor [{', '.join(_dims(spec))}] of {describe_dtypes(dtypes)}"
+            raise DtypeError(self.where, name, "None" if value is None else f"a {type(value).__name__}", must)
+        self._shape(name, value, spec)
+        if value.dtype not in dtypes:
+            raise DtypeError(self.where, name, str(value.dtype), describe_dtypes(dtypes))
+        if self._device is None:
+            self._device = (name, value.device)
+        elif value.device != self._device[1]:
+            must = f"on {self._device[1]}, where {self._device[0]} is"
+            raise DeviceError(self.where, name, f"on {value.device}", must)
+        if value.requires_grad and torch.is_grad_enabled():
+            must = (
+                "detached or used under torch.no_grad(): this operator has no gradient "
+                "(gated_delta.reference has differentiable evaluations)"
+            )
+            raise GradientError(self.where, name, "a tensor that requires grad", must)
+        if not any_stride and value.shape[-1] > 1 and value.stride(-1) != 1:
+            was = f"strided by {value.stride(-1)} elements in its last dimension"
+            raise LayoutError(self.where, name, was, "contiguous in its last dimension (other strides are free)")
+
+    def optional(
+        self,
+        name: str,
+        value: Any,
+        spec: str,
+        dtypes: Collection[torch.dtype],
+        *,
+        any_stride: bool = False,
+    ) -> None:
+        """Check a tensor that may be left out."""
+        if value is not None:
+            self.tensor(name, value, spec, dtypes, any_stride=any_stride)
+
+    def same_dtype(self, first: str, a: Tensor, second: str, b: Tensor) -> None:
+        if a.dtype != b.dtype:
+            raise DtypeError(self.where, second, str(b.dtype), f"{a.dtype}, as {first} is")
+
+    def head_sizes(self) -> None:
+        for name in ("K", "V"):
+            if self.sizes[name] not in HEAD_SIZES:
+                must = f"one of {', '.join(map(str, HEAD_SIZES))}"
+                raise ShapeError(self.where, f"head size {name} (from {self.bound_by[name]})", self.sizes[name], must)
+
+    def number(self, name: str, value: Any) -> None:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise DtypeError(self.where, name, f"a {type(value).__name__}", "a number")
+
+    def whole(self, name: str, value: Any, *, least: int) -> None:
+        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+            raise DtypeError(self.where, name, f"a {type(value).__name__}", f"a whole number of at least {least}")
+        if value < least:
+            raise OptionError(self.where, name, value, f"at least {least}")
+
+    def word(self, name: str, value: Any, words: Collection[str | None], meaning: str = "") -> None:
+        if value not in words:
+            must = meaning or " or ".join(repr(w) for w in words)
+            raise OptionError(self.where, name, repr(value), must)
+
+    def excluded(self, name: str, present: bool, because: str) -> None:
+        if present:
+            raise OptionError(self.where, name, "given", f"left out: {because}")
+
+    def needed(self, name: str, present: bool, because: str) -> None:
+        if not present:
+            raise OptionError(self.where, name, "None", f"given: {because}")
+
+    def _shape(self, name: str, value: Tensor, spec: str) -> None:
+        dims = _dims(spec)
+        if value.dim() != len(dims):
+            self._mismatch(name, value, spec)
+        for dim, size in zip(dims, value.shape, strict=True):
+            if dim == "*":
+                continue
+            if dim.isdigit():
+                fits = size == int(dim)
+            elif dim.startswith(">="):
+                fits = size >= self.sizes[dim[2:]]
+            elif dim.endswith("+1"):
+                fits = size >= 1 and self._bind(dim[:-2], size - 1, name)
+            else:
+                fits = self._bind(dim, size, name)
+            if not fits:
+                self._mismatch(name, value, spec)
+
+    def _bind(self, symbol: str, size: int, name: str) -> bool:
+        if symbol not in self.sizes:
+            self.sizes[symbol] = size
+            self.bound_by[symbol] = name
+        return self.sizes[symbol] == size
+
+    def _mismatch(self, name: str, value: Tensor, spec: str) -> None:
+        names = (d.removeprefix(">=").removesuffix("+1") for d in _dims(spec))
+        known = [f"{n}={self.sizes[n]} (from {self.bound_by[n]})" for n in names if self.bound_by.get(n, name) != name]
+        must = f"[{', '.join(_dims(spec))}]" + (f" with {', '.join(known)}" if known else "")
+        raise ShapeError(self.where, name, f"of shape {list(value.shape)}", must)

@@ -1,0 +1,106 @@
+"""Checked mode: what only the values on the device can tell. Every check waits for the device."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from gated_delta.errors import DataError
+
+_checked: ContextVar[bool] = ContextVar("gated_delta_checked", default=os.environ.get("GATED_DELTA_CHECK", "0") == "1")
+
+
+@contextmanager
+def checked(enabled: bool = True) -> Iterator[None]:
+    """Within this context every operator also checks the values of its tensors: slots in range and not written
+    twice, ``cu_seqlens`` rising from 0, gates in their range. It synchronises with the device, so it is for finding
+    faults, not for serving. ``GATED_DELTA_CHECK=1`` in the environment turns it on for the whole process; traced
+    code (torch.compile) is never checked.
+
+    Raises :class:`gated_delta.errors.DataError` from the operator that finds a fault.
+    """
+    token = _checked.set(enabled)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def is_checked() -> bool:
+    return not torch.compiler.is_compiling() and _checked.get()
+
+
+def cu_seqlens(where: str, starts: Tensor, total: int, max_seqlen: int | None = None) -> None:
+    values = starts.tolist()
+    if values[0] != 0:
+        raise DataError(where, "cu_seqlens[0]", values[0], "0")
+    for i, (start, end) in enumerate(itertools.pairwise(values)):
+        if end < start:
+            raise DataError(where, f"cu_seqlens[{i + 1}]", end, f"at least cu_seqlens[{i}] = {start}")
+        if max_seqlen is not None and end - start > max_seqlen:
+            raise DataError(where, "max_seqlen", max_seqlen, f"at least {end - start}, the length of sequence {i}")
+    if values[-1] > total:
+        raise DataError(where, f"cu_seqlens[{len(values) - 1}]", values[-1], f"at most the {total} packed tokens")
+
+
+def slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int | None = None) -> None:
+    """Slots to read: below the size of the pool. (Negative ones are padding.)"""
+    if indices is None or pool is None:
+        return
+    beyond = indices[indices >= pool.shape[0]]
+    if beyond.numel():
+        raise DataError(where, name, f"{int(beyond[0])} somewhere", f"below {pool.shape[0]}, the slots of the pool")
+
+
+def written_slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int | None) -> None:
+    """Slots to write: in range, and none named twice (two rows that write one slot race)."""
+    slots(where, name, indices, pool)
+    if indices is None:
+        return
+    live = indices[(indices >= 0) & (indices != (-1 if null_slot is None else null_slot))].flatten()
+    values, counts = live.unique(return_counts=True)
+    if (counts > 1).any():
+        slot = int(values[counts > 1][0])
+        raise DataError(where, name, f"{slot} more than once", "different for every row that writes")
+
+
+def gates(where: str, g: Tensor | None, g_space: str, beta: Tensor | None) -> None:
+    if g is not None and g.numel():
+        low, high = float(g.min()), float(g.max())
+        if g_space == "linear" and not (low >= 0 and high <= 1):
+            must = 'in [0, 1] with g_space="linear" (if these are logarithms, pass g_space="log")'
+            raise DataError(where, "g", f"between {low:g} and {high:g}", must)
+        if g_space == "log" and not high <= 0:
+            must = 'at most 0 with g_space="log" (if this is alpha itself, pass g_space="linear")'
+            raise DataError(where, "g", f"as high as {high:g}", must)
+    if beta is not None and not bool(beta.isfinite().all()):
+        raise DataError(where, "beta", "not finite somewhere", "finite")
+
+
+def checkpoint_rows(where: str, starts: Tensor, sequence_starts: Tensor, every: int, rows: int) -> None:
+    needed = sequence_starts.diff().div(every, rounding_mode="floor").tolist()
+    values = starts.tolist()
+    for i, count in enumerate(needed):
+        if values[i] < 0 or values[i] + count > min(values[i + 1], rows):
+            was = f"{values[i]} to {values[i + 1]}"
+            must = f"room for {count} checkpoints of sequence {i} within {rows} rows"
+            raise DataError(where, f"checkpoint_cu_starts[{i}:{i + 2}]", was, must)
+
+
+def accepted(where: str, counts: Tensor | None, lengths: Tensor | None, columns: int, width: int) -> None:
+    """``num_accepted_tokens`` and ragged lengths against the columns of a speculative convolution window."""
+    most = columns - width + 2
+    if counts is not None and counts.numel():
+        low, high = int(counts.min()), int(counts.max())
+        if low < 1 or high > most:
+            must = f"in [1, {most}] for a window of {columns} columns and a width of {width}"
+            raise DataError(where, "num_accepted_tokens", f"between {low} and {high}", must)
+        if lengths is not None and int(lengths.max()) > most:
+            must = f"such that no row has more than {most} tokens (a window of {columns} columns)"
+            raise DataError(where, "cu_seqlens", f"a row of {int(lengths.max())} tokens", must)

@@ -1,0 +1,273 @@
+"""What each operator asks of its arguments, as far as the host can know it (docs/contract.md)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gated_delta.errors import OptionError, ShapeError
+from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
+
+CHECKPOINT_MULTIPLE = 64
+_F32 = (torch.float32,)
+_G_SPACE = '"linear" (g is the forget gate alpha itself, in [0, 1]) or "log" (g is its natural logarithm, at most 0)'
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    output: Tensor | None,
+    output_state: Tensor | None,
+    g_space: str,
+    state_indices: Tensor | None,
+    has_initial_state: Tensor | None,
+    max_seqlen: int | None,
+    null_slot: int | None,
+) -> Arguments:
+    """``chunk_gated_delta_rule`` without its checkpoints."""
+    args = Arguments("chunk_gated_delta_rule")
+    _qkv(args, q, k, v, "L HQ K", "L HK K", "L HV V")
+    _prefill_heads(args)
+    args.optional("g", g, "L HS", _F32)
+    args.optional("beta", beta, "L HS", _F32)
+    args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
+    args.optional("output", output, "L HS V", FLOATS)
+    if scale is not None:
+        args.number("scale", scale)
+    args.word("g_space", g_space, ("linear", "log"), _G_SPACE)
+    pooled = state_indices is not None
+    rows = "P" if pooled else "N"
+    args.optional("state_indices", state_indices, "N", INDICES, any_stride=True)
+    args.optional("initial_state", initial_state, f"{rows} HS V K", FLOATS)
+    args.optional("output_state", output_state, f"{rows} HS V K", FLOATS)
+    args.optional("has_initial_state", has_initial_state, "N", (torch.bool,), any_stride=True)
+    if pooled:
+        args.needed(
+            "initial_state", initial_state is not None or output_state is not None, "state_indices needs a pool"
+        )
+    if has_initial_state is not None:
+        args.needed("initial_state", initial_state is not None, "has_initial_state says which of its rows count")
+    if max_seqlen is not None:
+        args.whole("max_seqlen", max_seqlen, least=0)
+    _null_slot(args, null_slot, pooled, "state_indices")
+    return args
+
+
+def checkpoints(
+    args: Arguments, state_checkpoints: Tensor | None, checkpoint_cu_starts: Tensor | None, every: int
+) -> None:
+    """The checkpoints of ``chunk_gated_delta_rule``: all three arguments or none."""
+    args.whole("checkpoint_every_n_tokens", every, least=0)
+    if every % CHECKPOINT_MULTIPLE:
+        raise OptionError(args.where, "checkpoint_every_n_tokens", every, f"a multiple of {CHECKPOINT_MULTIPLE}")
+    for name, value in (("state_checkpoints", state_checkpoints), ("checkpoint_cu_starts", checkpoint_cu_starts)):
+        if every:
+            args.needed(name, value is not None, f"checkpoint_every_n_tokens is {every}")
+        else:
+            args.excluded(name, value is not None, "checkpoint_every_n_tokens is 0")
+    args.optional("state_checkpoints", state_checkpoints, "* HS V K", FLOATS)
+    args.optional("checkpoint_cu_starts", checkpoint_cu_starts, "N+1", INDICES, any_stride=True)
+
+
+def recurrent(
+    where: str,
+    layout: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    A_log: Tensor,
+    a: Tensor,
+    dt_bias: Tensor,
+    b: Tensor,
+    scale: float | None,
+    output: Tensor | None,
+    read_slots: Tensor | None,
+    null_slot: int | None,
+    *,
+    state_name: str = "state",
+    single: bool = False,
+) -> Arguments:
+    """What decode in both layouts and several tokens share; ``layout`` is the order of a state, "V K" or "K V"."""
+    args = Arguments(where)
+    steps = "1" if single else "T"
+    _qkv(args, q, k, v, f"B {steps} H K", f"B {steps} H K", f"B {steps} HV V")
+    if not single:
+        args.whole("the number of tokens T", args.sizes["T"], least=1)
+    h, hv = args.sizes["H"], args.sizes["HV"]
+    if h == 0 or hv % h:
+        raise ShapeError(where, "v", f"of {hv} heads", f"of a multiple of the {h} heads of q and k")
+    args.tensor(state_name, state, f"{'B' if read_slots is None else 'P'} HV {layout}", FLOATS)
+    args.tensor("A_log", A_log, "HV", _F32)
+    args.tensor("a", a, f"B {steps} HV", FLOATS)
+    args.tensor("dt_bias", dt_bias, "HV", FLOATS)
+    args.tensor("b", b, f"B {steps} HV", FLOATS)
+    if scale is not None:
+        args.number("scale", scale)
+    args.optional("output", output, f"B {steps} HV V", FLOATS)
+    args.optional("initial_state_indices", read_slots, "B", INDICES, any_stride=True)
+    _null_slot(args, null_slot, read_slots is not None, "initial_state_indices")
+    return args
+
+
+def pool_choice(state: Tensor | None, initial_state: Tensor | None, read_slots: Tensor | None) -> Tensor:
+    """The states of ``gated_delta_rule_decode_pretranspose``: one a row, or a pool with indices."""
+    args = Arguments("gated_delta_rule_decode_pretranspose")
+    if state is not None:
+        args.excluded("initial_state", initial_state is not None, "state is given, and they exclude each other")
+        args.excluded("initial_state_indices", read_slots is not None, "they index initial_state, and state is given")
+        return state
+    args.needed("state", initial_state is not None, "or the pool initial_state with initial_state_indices")
+    args.needed("initial_state_indices", read_slots is not None, "initial_state is a pool")
+    assert initial_state is not None
+    return initial_state
+
+
+def write_back(
+    args: Arguments,
+    read_slots: Tensor | None,
+    write_slots: Tensor | None,
+    token_slots: Tensor | None,
+    snapshots: Tensor | None,
+    layout: str,
+    update: bool,
+) -> None:
+    """Where the states of several tokens go."""
+    args.optional("output_state_indices", write_slots, "B", INDICES, any_stride=True)
+    if write_slots is not None:
+        args.needed("initial_state_indices", read_slots is not None, "output_state_indices name slots of a pool")
+        if not update:
+            args.excluded("output_state_indices", True, "disable_state_update is True, so no final state is written")
+    args.optional("intermediate_states_buffer", snapshots, f">=B >=T HV {layout}", FLOATS)
+    if token_slots is None:
+        return
+    args.tensor("ssm_state_indices", token_slots, "B T", INDICES, any_stride=True)
+    if args.sizes["T"] < 2:
+        args.excluded("ssm_state_indices", True, "it needs T >= 2 (one token has only a final state)")
+    args.excluded("intermediate_states_buffer", snapshots is not None, "ssm_state_indices keeps the same states")
+    if not update:
+        raise OptionError(args.where, "disable_state_update", True, "False with ssm_state_indices, which write states")
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor | None,
+    cu_seqlens: Tensor,
+    state_indices: Tensor | None,
+    has_initial_state: Tensor | None,
+    activation: str | None,
+    null_slot: int | None,
+) -> Arguments:
+    """``causal_conv1d``."""
+    args = Arguments("causal_conv1d")
+    args.tensor("x", x, "L D", FLOATS)
+    args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
+    _conv_common(args, weight, bias, conv_states, state_indices, activation, null_slot)
+    args.optional("has_initial_state", has_initial_state, "N", (torch.bool,), any_stride=True)
+    for name, value in (("state_indices", state_indices), ("has_initial_state", has_initial_state)):
+        if value is not None:
+            args.needed("conv_states", conv_states is not None, f"{name} speaks of its rows")
+    return args
+
+
+def conv_update(
+    x: Tensor,
+    conv_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state_indices: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    null_slot: int | None,
+) -> Arguments:
+    """``causal_conv1d_update``."""
+    args = Arguments("causal_conv1d_update")
+    if cu_seqlens is not None:
+        args.tensor("x", x, "L D", FLOATS)
+        args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
+    else:
+        args.tensor("x", x, "N T D" if isinstance(x, Tensor) and x.dim() == 3 else "N D", FLOATS)
+    args.needed("conv_states", conv_states is not None, "an update reads and writes it")
+    _conv_common(args, weight, bias, conv_states, state_indices, activation, null_slot)
+    args.optional("num_accepted_tokens", num_accepted_tokens, "N", INDICES, any_stride=True)
+    if num_accepted_tokens is not None and cu_seqlens is None:
+        most = conv_states.shape[-1] - args.sizes["W"] + 2
+        if args.sizes.get("T", 1) > most:
+            must = (
+                f"at most {most} (conv_states keeps {conv_states.shape[-1]} columns for a width of {args.sizes['W']})"
+            )
+            raise OptionError(args.where, "the number of tokens T", args.sizes["T"], must)
+    return args
+
+
+def norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str) -> Arguments:
+    """``rms_norm_gated``."""
+    args = Arguments("rms_norm_gated")
+    lead = [f"D{i}" for i in range(x.dim() - 1)] if isinstance(x, Tensor) else []
+    spec = " ".join([*lead, "V"])
+    args.tensor("x", x, spec, FLOATS)
+    args.tensor("z", z, spec, FLOATS)
+    args.tensor("weight", weight, "V", FLOATS)
+    args.number("eps", eps)
+    args.word("activation", activation, ("silu", "swish", "sigmoid"))
+    return args
+
+
+def _qkv(args: Arguments, q: Tensor, k: Tensor, v: Tensor, q_spec: str, k_spec: str, v_spec: str) -> None:
+    args.tensor("q", q, q_spec, FLOATS)
+    args.tensor("k", k, k_spec, FLOATS)
+    args.tensor("v", v, v_spec, FLOATS)
+    args.same_dtype("q", q, "k", k)
+    args.same_dtype("q", q, "v", v)
+    args.head_sizes()
+
+
+def _prefill_heads(args: Arguments) -> None:
+    hq, hk, hv = (args.sizes[n] for n in ("HQ", "HK", "HV"))
+    gva = hq == hk and hk > 0 and hv % hk == 0
+    gqa = hk == hv and hk > 0 and hq % hk == 0
+    if not (gva or gqa):
+        must = "HQ = HK dividing HV (grouped values), or HK = HV dividing HQ (grouped queries)"
+        raise ShapeError(args.where, "the head counts", f"HQ={hq}, HK={hk}, HV={hv}", must)
+    args.sizes["HS"] = max(hq, hv)
+    args.bound_by["HS"] = "max(HQ, HV)"
+
+
+def _conv_common(
+    args: Arguments,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_states: Tensor | None,
+    state_indices: Tensor | None,
+    activation: str | None,
+    null_slot: int | None,
+) -> None:
+    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    width = args.sizes["W"]
+    if not 2 <= width <= 5:
+        raise ShapeError(args.where, "weight", f"of width {width}", "of width 2 to 5")
+    args.optional("bias", bias, "D", FLOATS)
+    rows = "N" if state_indices is None else "P"
+    args.optional("conv_states", conv_states, f"{rows} D *", FLOATS, any_stride=True)
+    if conv_states is not None and conv_states.shape[-1] < width - 1:
+        must = f"of at least {width - 1} columns for a width of {width}"
+        raise ShapeError(args.where, "conv_states", f"of {conv_states.shape[-1]} columns", must)
+    args.optional("state_indices", state_indices, "N", INDICES, any_stride=True)
+    args.word("activation", activation, ("silu", "swish", None))
+    _null_slot(args, null_slot, state_indices is not None, "state_indices")
+
+
+def _null_slot(args: Arguments, null_slot: int | None, pooled: bool, indices: str) -> None:
+    if null_slot is not None:
+        args.whole("null_slot", null_slot, least=0)
+        args.needed(indices, pooled, "null_slot names a slot of a pool")

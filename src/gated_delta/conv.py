@@ -42,10 +42,7 @@ def causal_conv1d(
         ``[L, D]`` in x's dtype; rows of padding are zero.
 
     Raises:
-        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: the argument, what it is, what it must be.
-        GradientError: an input requires grad under grad mode.
-        BackendError: no such backend, or it cannot serve this call.
-        DataError: in checked mode, a slot or ``cu_seqlens`` out of range.
+        ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
     args = operators.conv(
         x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation, null_slot
@@ -57,7 +54,7 @@ def causal_conv1d(
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     library.causal_conv1d(
         x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation is not None,
-        -1 if null_slot is None else null_slot, output, backend,
+        library.slot_number(null_slot), output, backend,
     )  # fmt: skip
     return output
 
@@ -93,10 +90,7 @@ def causal_conv1d_update(
         The shape and dtype of x; rows of padding are zero.
 
     Raises:
-        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: the argument, what it is, what it must be.
-        GradientError: an input requires grad under grad mode.
-        BackendError: no such backend, or it cannot serve this call.
-        DataError: in checked mode, a slot, a count or ``cu_seqlens`` out of range.
+        ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
     args = operators.conv_update(
         x, conv_states, weight, bias, activation, state_indices, num_accepted_tokens, cu_seqlens, null_slot
@@ -114,6 +108,6 @@ def causal_conv1d_update(
         cu_seqlens = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32) * tokens
     library.causal_conv1d_update(
         x.reshape(-1, x.shape[-1]), conv_states, weight, bias, activation is not None, state_indices,
-        num_accepted_tokens, cu_seqlens, -1 if null_slot is None else null_slot, output.view(-1, x.shape[-1]), backend,
+        num_accepted_tokens, cu_seqlens, library.slot_number(null_slot), output.view(-1, x.shape[-1]), backend,
     )  # fmt: skip
     return output

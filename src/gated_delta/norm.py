@@ -31,9 +31,7 @@ def rms_norm_gated(
         The shape and dtype of x.
 
     Raises:
-        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: the argument, what it is, what it must be.
-        GradientError: an input requires grad under grad mode.
-        BackendError: no such backend, or it cannot serve this call.
+        ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
     args = operators.norm(x, z, weight, eps, activation)
     backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gated_delta import dispatch, library, reference
+from gated_delta.calls import PrefillCall
 from gated_delta.validation import data, operators
 
 
@@ -33,83 +34,68 @@ def chunk_gated_delta_rule(
     null_slot: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The gated delta rule over packed sequences, ``S <- alpha S + beta (v - alpha S k) k^T``, ``o = scale S q``
-    (Yang, Kautz, Hatamizadeh, "Gated Delta Networks", 2024; docs/contract.md section 1).
-
-    With ``HS = max(HQ, HV)`` state heads; either ``HQ = HK`` divides HV or ``HK = HV`` divides HQ.
+    """The gated delta rule over packed sequences: ``S <- alpha S + beta (v - alpha S k) k^T``, ``o = scale S q``
+    (Yang, Kautz, Hatamizadeh 2024). HS = max(HQ, HV) state heads; HQ = HK divides HV, or HK = HV divides HQ.
+    docs/contract.md sections 1, 2 and 5 have the rules in full.
 
     Args:
-        q, k, v: ``[L, HQ, K]``, ``[L, HK, K]``, ``[L, HV, V]``, one dtype of bf16, fp16, fp32; K and V in
-            {32, 64, 96, 128, 192, 256}. Any strides but the last.
-        g: ``[L, HS]`` fp32, the forget gate alpha in [0, 1], or its natural logarithm with ``g_space="log"``;
-            ones when left out.
-        beta: ``[L, HS]`` fp32 write strength; ones when left out.
-        scale: factor of the output; ``K ** -0.5`` when None.
-        initial_state: ``[N, HS, V, K]`` bf16, fp16 or fp32, or with ``state_indices`` a pool ``[P, HS, V, K]``.
-        output_final_state: also return the final states.
-        cu_seqlens: ``[N+1]`` int32 or int64, required: sequence i is tokens ``cu_seqlens[i]`` to ``cu_seqlens[i+1]``.
-            Sequences may be empty: their final state is their initial one. Tokens behind the last are padding.
-        use_qk_l2norm_in_kernel: normalise q and k (``x rsqrt(sum x^2 + 1e-6)``) first.
-        output: where to write, ``[L, HS, V]``; allocated in q's dtype when None.
-        output_state: where the final states go, shaped like ``initial_state``. When None and
-            ``output_final_state``: the pool ``initial_state`` itself, in place, with ``state_indices``; else a new
-            tensor in ``initial_state``'s dtype, or fp32. Without either argument no final state is written.
-        state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens: the state after every so many tokens (a
-            multiple of 64) of sequence i goes to rows ``checkpoint_cu_starts[i] + j`` of ``[total, HS, V, K]``;
-            ``checkpoint_cu_starts`` is ``[N+1]``.
-        state_indices: ``[N]`` int32 or int64: slot of each sequence in the pool. Negative: padding.
-        has_initial_state: ``[N]`` bool: False starts from zero whatever the slot holds.
-        max_seqlen: an upper bound of the lengths, if the host knows one. A hint; it changes no result.
-        null_slot: this slot means padding too.
-        backend: "auto", or a name that :func:`gated_delta.explain` lists.
+        q, k, v: ``[L, HQ, K]``, ``[L, HK, K]``, ``[L, HV, V]`` of one dtype: bf16, fp16 or fp32.
+        g, beta: ``[L, HS]`` fp32, ones when None; g is alpha in [0, 1], or its logarithm with ``g_space="log"``.
+        scale: factor of the output, ``K ** -0.5`` when None.
+        initial_state, output_state: ``[N, HS, V, K]``, or pools ``[P, HS, V, K]`` with ``state_indices``; any float
+            dtype each. Final states go to ``output_state``; without one, if ``output_final_state``, to the pool
+            ``initial_state`` in place, or to a new tensor.
+        cu_seqlens: ``[N+1]`` int32 or int64, required: first token of every sequence, which may be empty.
+        use_qk_l2norm_in_kernel: normalise q and k first, ``x rsqrt(sum x^2 + 1e-6)``.
+        output: ``[L, HS, V]`` to write into; allocated in q's dtype when None.
+        state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens: the state after every n tokens (a multiple
+            of 64) of sequence i goes to rows ``checkpoint_cu_starts[i] + j`` of ``[total, HS, V, K]``.
+        state_indices: ``[N]`` int32 or int64 slots; negative ones, and ``null_slot``, are padding.
+        has_initial_state: ``[N]`` bool; False starts from zero whatever the slot holds.
+        max_seqlen: an upper bound of the lengths, a hint. backend: "auto", or a name from :func:`explain`.
 
     Returns:
-        The output, or with ``output_final_state`` the pair (output, final states). Rows of padding are zero in an
-        output that was allocated here and untouched in the caller's.
+        The output, or with ``output_final_state`` the pair (output, final states).
 
     Raises:
-        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: the argument, what it is, what it must be.
-        GradientError: an input requires grad under grad mode.
-        BackendError: no such backend, or it cannot serve this call.
-        DataError: in checked mode, a value on the device that is out of its range.
+        ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    args = operators.prefill(
-        q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, output, output_state,
-        g_space, state_indices, has_initial_state, max_seqlen, null_slot,
+    call = PrefillCall(
+        q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, output,
+        output_state, state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens, g_space, state_indices,
+        has_initial_state, max_seqlen, null_slot, backend,
     )  # fmt: skip
-    operators.checkpoints(args, state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens)
-    assert cu_seqlens is not None
+    return _run(call)
+
+
+def _run(call: PrefillCall) -> Tensor | tuple[Tensor, Tensor]:
+    args = operators.prefill(call)
     if data.is_checked():
-        data.cu_seqlens(args.where, cu_seqlens, q.shape[0], max_seqlen)
-        data.gates(args.where, g, g_space, beta)
-        data.slots(args.where, "state_indices", state_indices, initial_state)
-        if output_final_state or output_state is not None:
-            pool = initial_state if output_state is None else output_state
-            data.written_slots(args.where, "state_indices", state_indices, pool, null_slot)
-        if state_checkpoints is not None and checkpoint_cu_starts is not None:
-            rows = state_checkpoints.shape[0]
-            data.checkpoint_rows(args.where, checkpoint_cu_starts, cu_seqlens, checkpoint_every_n_tokens, rows)
-    sizes = args.sizes
+        data.prefill(call)
+    q, sizes = call.q, args.sizes
     request = dispatch.Request(args.where, q.device.type, q.dtype, sizes["K"], sizes["V"])
-    backend = dispatch.choose(request, backend)
-    allocated = output is None
-    if output is None:
-        output = q.new_empty(sizes["L"], sizes["HS"], sizes["V"])
-    final = output_state
-    if final is None and output_final_state:
-        if state_indices is not None:
-            final = initial_state
-        else:
-            dtype = torch.float32 if initial_state is None else initial_state.dtype
-            final = q.new_empty(sizes["N"], sizes["HS"], sizes["V"], sizes["K"], dtype=dtype)
-    in_place = final is not None and final is initial_state
+    backend = dispatch.choose(request, call.backend)
+    output = q.new_empty(sizes["L"], sizes["HS"], sizes["V"]) if call.output is None else call.output
+    final = _final_state(call, sizes)
+    in_place = final is not None and final is call.initial_state
     library.prefill(
-        q, k, v, g, beta, reference.resolve_scale(scale, sizes["K"]), cu_seqlens,
-        None if in_place else initial_state, has_initial_state, state_indices, -1 if null_slot is None else null_slot,
-        in_place, use_qk_l2norm_in_kernel, g_space == "log", output, allocated,
-        final, state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens, backend,
+        q, call.k, call.v, call.g, call.beta, reference.resolve_scale(call.scale, sizes["K"]), call.cu_seqlens,
+        None if in_place else call.initial_state, call.has_initial_state, call.state_indices,
+        library.slot_number(call.null_slot), in_place, call.use_qk_l2norm_in_kernel,
+        call.g_space == "log", output, call.output is None, final, call.state_checkpoints, call.checkpoint_cu_starts,
+        call.checkpoint_every_n_tokens, backend,
     )  # fmt: skip
-    if not output_final_state:
+    if not call.output_final_state:
         return output
     assert final is not None
     return output, final
+
+
+def _final_state(call: PrefillCall, sizes: dict[str, int]) -> Tensor | None:
+    """Where the final states go, if anywhere."""
+    if call.output_state is not None or not call.output_final_state:
+        return call.output_state
+    if call.state_indices is not None:
+        return call.initial_state
+    dtype = torch.float32 if call.initial_state is None else call.initial_state.dtype
+    return call.q.new_empty(sizes["N"], sizes["HS"], sizes["V"], sizes["K"], dtype=dtype)

@@ -27,7 +27,7 @@ CHUNK = 32
 with it, and the state is rewritten once a chunk: 32 was the fastest of 16, 32 and 64 on a CPU (docs/performance.md).
 It divides the contract's 64, so that checkpoints fall on chunk ends."""
 
-_PREPARED_ELEMENTS = 1 << 23
+_PREPARED_ELEMENTS = 1 << 21
 """Elements of one C x C gate matrix prepared ahead of the scan: bounds memory for long prompts."""
 
 
@@ -172,6 +172,13 @@ class _Plan(NamedTuple):
     valid: Tensor
     """``[chunks, C]``: False where ``tokens`` repeats."""
 
+    def places(self, total: int) -> Tensor:
+        """``[total]``: where each packed token stands among the chunks; behind them all if it is in none."""
+        behind = self.tokens.numel()
+        inside = torch.arange(behind, device=self.tokens.device).view_as(self.tokens)
+        places = torch.full((total,), behind, device=self.tokens.device)
+        return places.index_copy(0, self.tokens[self.valid], inside[self.valid])
+
 
 def _plan(spans: Sequence[tuple[int, int]], chunk: int, device: torch.device) -> _Plan:
     lengths = [end - start for start, end in spans]
@@ -218,7 +225,7 @@ class _Prepared(NamedTuple):
     """What the scan needs of a run of chunks; it depends on no state. ``m`` chunks, ``C`` tokens each."""
 
     qk: Tensor
-    """``[m, HS, 2C, K]``: queries over keys, so that one product reads the state for both."""
+    """``[m, HK, 2C, K]``: queries over keys, so that one product reads the state for both."""
     v: Tensor
     """``[m, HS, C, V]``"""
     solve: Tensor
@@ -237,10 +244,7 @@ def _prepare(inputs: _Inputs, tokens: Tensor, valid: Tensor) -> _Prepared:
 
     def gather(x: Tensor) -> Tensor:
         rows = x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
-        return rows.to(dtype).transpose(1, 2).contiguous()
-
-    def per_state_head(x: Tensor) -> Tensor:
-        return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+        return rows.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
 
     alpha = torch.where(valid[:, None], gather(alpha), 1.0)
     beta = torch.where(valid[:, None], gather(beta), 0.0)
@@ -251,10 +255,10 @@ def _prepare(inputs: _Inputs, tokens: Tensor, valid: Tensor) -> _Prepared:
     gamma = torch.where(causal, gamma, 0.0)
     k = gather(k)
     qk = torch.cat((gather(q) * scale, k), dim=-2)
-    scores = per_state_head(qk @ k.transpose(-1, -2))
+    scores = _per_state_head(qk @ k.transpose(-1, -2), heads)
     lower = (scores[..., size:, :] * gamma * beta[..., None]).tril(-1)
     return _Prepared(
-        qk=per_state_head(qk),
+        qk=qk,
         v=gather(v),
         solve=_unit_lower_inverse(lower) * beta[..., None, :],
         attend=scores[..., :size, :] * gamma,
@@ -263,14 +267,25 @@ def _prepare(inputs: _Inputs, tokens: Tensor, valid: Tensor) -> _Prepared:
     )
 
 
+def _per_state_head(x: Tensor, heads: int) -> Tensor:
+    """``[m, HK, ...]`` -> ``[m, HS, ...]``"""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _add_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``c + a @ b`` in one pass over c, batched over the first two dimensions."""
+    return torch.baddbmm(c.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1)).view_as(c)
+
+
 def _scan_chunk(state: Tensor, chunk: _Prepared) -> tuple[Tensor, Tensor]:
     """One chunk of every running sequence: state ``[n, HS, K, V]`` -> output ``[n, HS, C, V]`` and the next state."""
     size = chunk.v.shape[-2]
-    read = chunk.qk @ state
+    qk = _per_state_head(chunk.qk, state.shape[1])
+    read = qk @ state
     u = chunk.solve @ (chunk.v - chunk.decay_in * read[..., size:, :])
-    output = chunk.decay_in * read[..., :size, :] + chunk.attend @ u
-    keys = chunk.qk[..., size:, :].transpose(-1, -2)
-    return output, chunk.decay_in[..., -1:, :] * state + keys @ (chunk.decay_out * u)
+    output = _add_product(chunk.decay_in * read[..., :size, :], chunk.attend, u)
+    keys = qk[..., size:, :].transpose(-1, -2)
+    return output, _add_product(chunk.decay_in[..., -1:, :] * state, keys, chunk.decay_out * u)
 
 
 def _prepared_chunks(inputs: _Inputs, plan: _Plan) -> Iterator[_Prepared]:
@@ -327,22 +342,21 @@ def chunked(
     plan = _plan(spans, chunk, q.device)
     running = state.to(dtype).transpose(-1, -2)[plan.order]
     finished: list[Tensor] = []
-    outputs = [v.new_empty(0, heads, chunk, v.shape[-1], dtype=dtype)]
+    outputs: list[Tensor] = []
     checkpoints: list[list[Tensor]] = [[] for _ in plan.order]
     for step, prepared in enumerate(_prepared_chunks(_Inputs(q, k, v, alpha, beta, scale, dtype), plan)):
         width = plan.widths[step]
         finished.append(running[width:])
         output, running = _scan_chunk(running[:width], prepared)
-        outputs.append(output)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
         done = (step + 1) * chunk
         if checkpoint_every and done % checkpoint_every == 0:
             for row, sequence in enumerate(plan.order[:width]):
                 if spans[sequence][1] - spans[sequence][0] >= done:
                     checkpoints[sequence].append(running[row].transpose(-1, -2))
     final = torch.cat([running, *reversed(finished)])[_inverse(plan.order)].transpose(-1, -2)
-    rows = torch.cat(outputs).transpose(1, 2)[plan.valid]
-    output = rows.new_zeros(q.shape[0], heads, v.shape[-1]).index_copy(0, plan.tokens[plan.valid], rows)
-    return Chunked(output, final, checkpoints)
+    outputs.append(v.new_zeros(1, heads, v.shape[-1], dtype=dtype))  # for tokens of no span
+    return Chunked(torch.cat(outputs).index_select(0, plan.places(q.shape[0])), final, checkpoints)
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

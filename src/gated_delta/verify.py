@@ -6,6 +6,7 @@ import warnings
 
 from torch import Tensor
 
+from gated_delta.calls import RecurrentCall
 from gated_delta.decode import run_recurrent
 from gated_delta.validation import operators
 
@@ -32,51 +33,35 @@ def gated_delta_rule_mtp(
     null_slot: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """T tokens of every row against states in a pool; the state stays in fp32 between the tokens of one call.
+    """T >= 1 tokens of every row against states in a pool; a state stays in fp32 between the tokens of one call.
 
     Args:
-        q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; a, b: ``[B, T, HV]``; any T >= 1. These, A_log, dt_bias, scale,
-            output, use_qk_l2norm, allow_neg_eigval and backend are as for :func:`gated_delta.gated_delta_rule_decode`.
+        q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; a, b: ``[B, T, HV]``. These, A_log, dt_bias, scale, output,
+            use_qk_l2norm, allow_neg_eigval and backend are as for :func:`gated_delta.gated_delta_rule_decode`.
         initial_state: the pool ``[P, HV, V, K]`` with any slot and head strides, written in place.
-        initial_state_indices: ``[B]`` int32 or int64: slot that each row reads. Negative: padding.
-        intermediate_states_buffer: ``[>=B, >=T, HV, V, K]``: row b, step t receives the state after token t of row b.
-        ssm_state_indices: ``[B, T]``: slot of the pool that receives the state after each token; negative: skipped.
-            Needs T >= 2 and ``disable_state_update=False`` and excludes the buffer. The slot that was read stays
-            intact unless it is named.
-        disable_state_update: True writes no final state. None means True, with a DeprecationWarning: the default
-            will become False.
-        output_state_indices: ``[B]``: slot that receives the final state; by default the one that was read, or none
-            with ``ssm_state_indices``. Negative: not written.
-        null_slot: this slot means padding (read) or not written (write) too.
+        initial_state_indices: ``[B]`` int32 or int64 slots to read; negative ones, and ``null_slot``, are padding.
+        intermediate_states_buffer: ``[>=B, >=T, HV, V, K]``: row b, step t receives the state after token t.
+        ssm_state_indices: ``[B, T]`` slots for the state after each token; negative: skipped. Needs T >= 2 and
+            ``disable_state_update=False``, excludes the buffer; the slot that was read stays intact unless named.
+        disable_state_update: True writes no final state. None means True, with a DeprecationWarning.
+        output_state_indices: ``[B]`` slots for the final states; where they were read when None (nowhere with
+            ``ssm_state_indices``); negative: none.
 
     Returns:
-        The pair (output ``[B, T, HV, V]``, pool). Rows of padding are zero in an output that was allocated here and
-        untouched in the caller's.
+        The pair (output ``[B, T, HV, V]``, pool).
 
     Raises:
-        ShapeError, DtypeError, DeviceError, LayoutError, OptionError: the argument, what it is, what it must be.
-        GradientError: an input requires grad under grad mode.
-        BackendError: no such backend, or it cannot serve this call.
-        DataError: in checked mode, a slot out of range or written twice.
+        ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
     if disable_state_update is None:
         message = "gated_delta_rule_mtp: disable_state_update=None means True today and will mean False; pass one"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         disable_state_update = True
-    args = operators.recurrent(
-        "gated_delta_rule_mtp", "V K", q, k, v, initial_state, A_log, a, dt_bias, b, scale, output,
-        initial_state_indices, null_slot, state_name="initial_state",
+    call = RecurrentCall(
+        "gated_delta_rule_mtp", q, k, v, initial_state, A_log, a, dt_bias, b, scale, output, use_qk_l2norm,
+        allow_neg_eigval, backend, read_slots=initial_state_indices, write_slots=output_state_indices,
+        token_slots=ssm_state_indices, snapshots=intermediate_states_buffer, update=not disable_state_update,
+        null_slot=null_slot,
     )  # fmt: skip
-    args.needed("initial_state_indices", initial_state_indices is not None, "initial_state is a pool")
-    update = not disable_state_update
-    operators.write_back(
-        args, initial_state_indices, output_state_indices, ssm_state_indices, intermediate_states_buffer, "V K", update
-    )
-    if ssm_state_indices is not None and output_state_indices is None:
-        update = False
-    output = run_recurrent(
-        args, q, k, v, initial_state, A_log, a, dt_bias, b, scale, output, use_qk_l2norm, allow_neg_eigval, backend,
-        read_slots=initial_state_indices, write_slots=output_state_indices, token_slots=ssm_state_indices,
-        snapshots=intermediate_states_buffer, update=update, null_slot=null_slot,
-    )  # fmt: skip
-    return output, initial_state
+    operators.needs_slots(call)
+    return run_recurrent(call, operators.recurrent(call, state_name="initial_state")), initial_state

@@ -96,6 +96,10 @@ class Arguments:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise DtypeError(self.where, name, f"a {type(value).__name__}", "a number")
 
+    def scale(self, value: Any) -> None:
+        if value is not None:
+            self.number("scale", value)
+
     def whole(self, name: str, value: Any, *, least: int) -> None:
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
             raise DtypeError(self.where, name, f"a {type(value).__name__}", f"a whole number of at least {least}")

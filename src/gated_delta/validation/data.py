@@ -11,6 +11,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from gated_delta.calls import PrefillCall, RecurrentCall
 from gated_delta.errors import DataError
 
 _checked: ContextVar[bool] = ContextVar("gated_delta_checked", default=os.environ.get("GATED_DELTA_CHECK", "0") == "1")
@@ -34,6 +35,31 @@ def checked(enabled: bool = True) -> Iterator[None]:
 
 def is_checked() -> bool:
     return not torch.compiler.is_compiling() and _checked.get()
+
+
+def prefill(call: PrefillCall) -> None:
+    """``chunk_gated_delta_rule``."""
+    where = "chunk_gated_delta_rule"
+    assert call.cu_seqlens is not None
+    cu_seqlens(where, call.cu_seqlens, call.q.shape[0], call.max_seqlen)
+    gates(where, call.g, call.g_space, call.beta)
+    slots(where, "state_indices", call.state_indices, call.initial_state)
+    if call.output_final_state or call.output_state is not None:
+        pool = call.initial_state if call.output_state is None else call.output_state
+        written_slots(where, "state_indices", call.state_indices, pool, call.null_slot)
+    if call.state_checkpoints is not None and call.checkpoint_cu_starts is not None:
+        rows = call.state_checkpoints.shape[0]
+        checkpoint_rows(where, call.checkpoint_cu_starts, call.cu_seqlens, call.checkpoint_every_n_tokens, rows)
+
+
+def recurrent(call: RecurrentCall) -> None:
+    """Decode and several tokens."""
+    slots(call.where, "initial_state_indices", call.read_slots, call.state)
+    if call.update and call.write_slots is not None:
+        written_slots(call.where, "output_state_indices", call.write_slots, call.state, call.null_slot)
+    elif call.update and call.token_slots is None:
+        written_slots(call.where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
+    written_slots(call.where, "ssm_state_indices", call.token_slots, call.state, call.null_slot)
 
 
 def cu_seqlens(where: str, starts: Tensor, total: int, max_seqlen: int | None = None) -> None:

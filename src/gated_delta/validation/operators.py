@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gated_delta.calls import PrefillCall, RecurrentCall
 from gated_delta.errors import OptionError, ShapeError
 from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
 
@@ -13,57 +14,43 @@ _F32 = (torch.float32,)
 _G_SPACE = '"linear" (g is the forget gate alpha itself, in [0, 1]) or "log" (g is its natural logarithm, at most 0)'
 
 
-def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    scale: float | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    output: Tensor | None,
-    output_state: Tensor | None,
-    g_space: str,
-    state_indices: Tensor | None,
-    has_initial_state: Tensor | None,
-    max_seqlen: int | None,
-    null_slot: int | None,
-) -> Arguments:
-    """``chunk_gated_delta_rule`` without its checkpoints."""
+def prefill(call: PrefillCall) -> Arguments:
+    """``chunk_gated_delta_rule``."""
     args = Arguments("chunk_gated_delta_rule")
-    _qkv(args, q, k, v, "L HQ K", "L HK K", "L HV V")
+    _qkv(args, call.q, call.k, call.v, "L HQ K", "L HK K", "L HV V")
     _prefill_heads(args)
-    args.optional("g", g, "L HS", _F32)
-    args.optional("beta", beta, "L HS", _F32)
-    args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    args.optional("output", output, "L HS V", FLOATS)
-    if scale is not None:
-        args.number("scale", scale)
-    args.word("g_space", g_space, ("linear", "log"), _G_SPACE)
-    pooled = state_indices is not None
-    rows = "P" if pooled else "N"
-    args.optional("state_indices", state_indices, "N", INDICES, any_stride=True)
-    args.optional("initial_state", initial_state, f"{rows} HS V K", FLOATS)
-    args.optional("output_state", output_state, f"{rows} HS V K", FLOATS)
-    args.optional("has_initial_state", has_initial_state, "N", (torch.bool,), any_stride=True)
-    if pooled:
-        args.needed(
-            "initial_state", initial_state is not None or output_state is not None, "state_indices needs a pool"
-        )
-    if has_initial_state is not None:
-        args.needed("initial_state", initial_state is not None, "has_initial_state says which of its rows count")
-    if max_seqlen is not None:
-        args.whole("max_seqlen", max_seqlen, least=0)
-    _null_slot(args, null_slot, pooled, "state_indices")
+    args.optional("g", call.g, "L HS", _F32)
+    args.optional("beta", call.beta, "L HS", _F32)
+    args.tensor("cu_seqlens", call.cu_seqlens, "N+1", INDICES, any_stride=True)
+    args.optional("output", call.output, "L HS V", FLOATS)
+    args.scale(call.scale)
+    args.word("g_space", call.g_space, ("linear", "log"), _G_SPACE)
+    if call.max_seqlen is not None:
+        args.whole("max_seqlen", call.max_seqlen, least=0)
+    _prefill_states(args, call)
+    _checkpoints(args, call.state_checkpoints, call.checkpoint_cu_starts, call.checkpoint_every_n_tokens)
     return args
 
 
-def checkpoints(
+def _prefill_states(args: Arguments, call: PrefillCall) -> None:
+    pooled = call.state_indices is not None
+    rows = "P" if pooled else "N"
+    args.optional("state_indices", call.state_indices, "N", INDICES, any_stride=True)
+    args.optional("initial_state", call.initial_state, f"{rows} HS V K", FLOATS)
+    args.optional("output_state", call.output_state, f"{rows} HS V K", FLOATS)
+    args.optional("has_initial_state", call.has_initial_state, "N", (torch.bool,), any_stride=True)
+    if pooled:
+        pool = call.initial_state is not None or call.output_state is not None
+        args.needed("initial_state", pool, "state_indices needs a pool")
+    if call.has_initial_state is not None:
+        args.needed("initial_state", call.initial_state is not None, "has_initial_state says which of its rows count")
+    _null_slot(args, call.null_slot, pooled, "state_indices")
+
+
+def _checkpoints(
     args: Arguments, state_checkpoints: Tensor | None, checkpoint_cu_starts: Tensor | None, every: int
 ) -> None:
-    """The checkpoints of ``chunk_gated_delta_rule``: all three arguments or none."""
+    """All three arguments or none."""
     args.whole("checkpoint_every_n_tokens", every, least=0)
     if every % CHECKPOINT_MULTIPLE:
         raise OptionError(args.where, "checkpoint_every_n_tokens", every, f"a multiple of {CHECKPOINT_MULTIPLE}")
@@ -76,44 +63,27 @@ def checkpoints(
     args.optional("checkpoint_cu_starts", checkpoint_cu_starts, "N+1", INDICES, any_stride=True)
 
 
-def recurrent(
-    where: str,
-    layout: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    scale: float | None,
-    output: Tensor | None,
-    read_slots: Tensor | None,
-    null_slot: int | None,
-    *,
-    state_name: str = "state",
-    single: bool = False,
-) -> Arguments:
-    """What decode in both layouts and several tokens share; ``layout`` is the order of a state, "V K" or "K V"."""
-    args = Arguments(where)
+def recurrent(call: RecurrentCall, *, state_name: str = "state", single: bool = False) -> Arguments:
+    """Decode in both layouts (``single``: one token only) and several tokens."""
+    args = Arguments(call.where)
     steps = "1" if single else "T"
-    _qkv(args, q, k, v, f"B {steps} H K", f"B {steps} H K", f"B {steps} HV V")
+    _qkv(args, call.q, call.k, call.v, f"B {steps} H K", f"B {steps} H K", f"B {steps} HV V")
     if not single:
         args.whole("the number of tokens T", args.sizes["T"], least=1)
     h, hv = args.sizes["H"], args.sizes["HV"]
     if h == 0 or hv % h:
-        raise ShapeError(where, "v", f"of {hv} heads", f"of a multiple of the {h} heads of q and k")
-    args.tensor(state_name, state, f"{'B' if read_slots is None else 'P'} HV {layout}", FLOATS)
-    args.tensor("A_log", A_log, "HV", _F32)
-    args.tensor("a", a, f"B {steps} HV", FLOATS)
-    args.tensor("dt_bias", dt_bias, "HV", FLOATS)
-    args.tensor("b", b, f"B {steps} HV", FLOATS)
-    if scale is not None:
-        args.number("scale", scale)
-    args.optional("output", output, f"B {steps} HV V", FLOATS)
-    args.optional("initial_state_indices", read_slots, "B", INDICES, any_stride=True)
-    _null_slot(args, null_slot, read_slots is not None, "initial_state_indices")
+        raise ShapeError(call.where, "v", f"of {hv} heads", f"of a multiple of the {h} heads of q and k")
+    rows, layout = "B" if call.read_slots is None else "P", "V K" if call.state_v_first else "K V"
+    args.tensor(state_name, call.state, f"{rows} HV {layout}", FLOATS)
+    args.tensor("A_log", call.A_log, "HV", _F32)
+    args.tensor("a", call.a, f"B {steps} HV", FLOATS)
+    args.tensor("dt_bias", call.dt_bias, "HV", FLOATS)
+    args.tensor("b", call.b, f"B {steps} HV", FLOATS)
+    args.scale(call.scale)
+    args.optional("output", call.output, f"B {steps} HV V", FLOATS)
+    args.optional("initial_state_indices", call.read_slots, "B", INDICES, any_stride=True)
+    _null_slot(args, call.null_slot, call.read_slots is not None, "initial_state_indices")
+    _write_back(args, call, layout)
     return args
 
 
@@ -130,29 +100,27 @@ def pool_choice(state: Tensor | None, initial_state: Tensor | None, read_slots: 
     return initial_state
 
 
-def write_back(
-    args: Arguments,
-    read_slots: Tensor | None,
-    write_slots: Tensor | None,
-    token_slots: Tensor | None,
-    snapshots: Tensor | None,
-    layout: str,
-    update: bool,
-) -> None:
-    """Where the states of several tokens go."""
-    args.optional("output_state_indices", write_slots, "B", INDICES, any_stride=True)
-    if write_slots is not None:
-        args.needed("initial_state_indices", read_slots is not None, "output_state_indices name slots of a pool")
-        if not update:
-            args.excluded("output_state_indices", True, "disable_state_update is True, so no final state is written")
-    args.optional("intermediate_states_buffer", snapshots, f">=B >=T HV {layout}", FLOATS)
-    if token_slots is None:
+def needs_slots(call: RecurrentCall) -> None:
+    """Several tokens always read a pool."""
+    Arguments(call.where).needed("initial_state_indices", call.read_slots is not None, "initial_state is a pool")
+
+
+def _write_back(args: Arguments, call: RecurrentCall, layout: str) -> None:
+    """Where the states of one or several tokens go."""
+    args.optional("output_state_indices", call.write_slots, "B", INDICES, any_stride=True)
+    if call.write_slots is not None:
+        pooled = call.read_slots is not None
+        args.needed("initial_state_indices", pooled, "output_state_indices name slots of a pool")
+        because = "disable_state_update is True, so no final state is written"
+        args.excluded("output_state_indices", not call.update, because)
+    args.optional("intermediate_states_buffer", call.snapshots, f">=B >=T HV {layout}", FLOATS)
+    if call.token_slots is None:
         return
-    args.tensor("ssm_state_indices", token_slots, "B T", INDICES, any_stride=True)
-    if args.sizes["T"] < 2:
-        args.excluded("ssm_state_indices", True, "it needs T >= 2 (one token has only a final state)")
-    args.excluded("intermediate_states_buffer", snapshots is not None, "ssm_state_indices keeps the same states")
-    if not update:
+    args.tensor("ssm_state_indices", call.token_slots, "B T", INDICES, any_stride=True)
+    args.excluded("ssm_state_indices", args.sizes["T"] < 2, "it needs T >= 2 (one token has only a final state)")
+    because = "ssm_state_indices keeps the same states"
+    args.excluded("intermediate_states_buffer", call.snapshots is not None, because)
+    if not call.update:
         raise OptionError(args.where, "disable_state_update", True, "False with ssm_state_indices, which write states")
 
 

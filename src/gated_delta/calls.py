@@ -1,0 +1,67 @@
+"""One call of an operator, as its arguments came in: what validation judges and the backend is handed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PrefillCall(NamedTuple):
+    """Arguments of ``chunk_gated_delta_rule``, by their public names."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    scale: float | None
+    initial_state: Tensor | None
+    output_final_state: bool
+    cu_seqlens: Tensor | None
+    use_qk_l2norm_in_kernel: bool
+    output: Tensor | None
+    output_state: Tensor | None
+    state_checkpoints: Tensor | None
+    checkpoint_cu_starts: Tensor | None
+    checkpoint_every_n_tokens: int
+    g_space: str
+    state_indices: Tensor | None
+    has_initial_state: Tensor | None
+    max_seqlen: int | None
+    null_slot: int | None
+    backend: str
+
+
+class RecurrentCall(NamedTuple):
+    """Arguments of the decode operators and of several tokens, by one set of names."""
+
+    where: str
+    """Public name of the operator."""
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Tensor
+    """One state a row, or the pool when there are ``read_slots``."""
+    A_log: Tensor
+    a: Tensor
+    dt_bias: Tensor
+    b: Tensor
+    scale: float | None
+    output: Tensor | None
+    use_qk_l2norm: bool
+    allow_neg_eigval: bool
+    backend: str
+    read_slots: Tensor | None = None
+    """``initial_state_indices``"""
+    write_slots: Tensor | None = None
+    """``output_state_indices``"""
+    token_slots: Tensor | None = None
+    """``ssm_state_indices``"""
+    snapshots: Tensor | None = None
+    """``intermediate_states_buffer``"""
+    update: bool = True
+    """Whether a final state is written."""
+    null_slot: int | None = None
+    state_v_first: bool = True
+    """States are ``[V, K]``, not ``[K, V]``."""

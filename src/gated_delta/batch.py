@@ -80,6 +80,8 @@ class GatedDeltaNetBatch:
         plain = [row for row in rows if isinstance(row, Row)]
         spec = [row for row in rows if isinstance(row, SpecRow)]
         _check_rows(rows, num_spec)
+        if spec and not num_spec:
+            raise OptionError("GatedDeltaNetBatch.build", "num_spec", 0, "at least 1 with speculative rows")
         decodes = 0 if spec else sum(_is_decode(row) for row in plain)
         if any(map(_is_decode, plain[decodes:])) and not spec:
             raise OptionError("GatedDeltaNetBatch.build", "rows", "with a decode behind a prefill", "decodes first")
@@ -117,6 +119,8 @@ def _is_decode(row: Row) -> bool:
 
 
 def _check_rows(rows: Sequence[Row | SpecRow], num_spec: int) -> None:
+    if num_spec < 0:
+        raise OptionError("GatedDeltaNetBatch.build", "num_spec", num_spec, "at least 0")
     for i, row in enumerate(rows):
         where, name = "GatedDeltaNetBatch.build", f"rows[{i}]"
         if row.tokens < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import platform
 import sys
@@ -15,6 +16,7 @@ if importlib.util.find_spec("typer") is None or importlib.util.find_spec("rich")
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
@@ -40,13 +42,18 @@ DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda"; auto t
 def pick_device(name: str) -> str:
     """The device to run on: "auto" is a GPU if every operator is served there, else the CPU."""
     if name not in ("auto", "cpu", "cuda"):
-        raise OptionError("gated-delta", "--device", repr(name), '"auto", "cpu" or "cuda"')
+        raise OptionError("command line", "--device", repr(name), '"auto", "cpu" or "cuda"')
     if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("gated-delta", "--device", '"cuda"', '"cpu": torch sees no GPU here')
+        raise OptionError("command line", "--device", '"cuda"', '"cpu": torch sees no GPU here')
     if name != "auto":
         return name
     served = all(explain(operator, device="cuda").chosen for operator in OPERATORS)
     return "cuda" if torch.cuda.is_available() and served else "cpu"
+
+
+def printable(text: str) -> str:
+    """Without the bytes that are no text."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def progress() -> Progress:
@@ -56,11 +63,13 @@ def progress() -> Progress:
 @app.command("generate")
 def generate_command(
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    tokens: Annotated[int, typer.Option(help="Bytes to generate.")] = 200,
-    speculative: Annotated[int, typer.Option(help="Most bytes drafted a step, looked up in the text; 0: none.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 200,
+    speculative: Annotated[
+        int, typer.Option(min=0, max=64, help="Most bytes drafted a step, looked up in the text; 0: none.")
+    ] = 0,
     state_dtype: Annotated[str, typer.Option(help="Storage of the recurrent state: fp32 or bf16.")] = "fp32",
     device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
 ) -> None:
     """Continue a text with the bundled Gated Delta Net language model."""
@@ -69,11 +78,13 @@ def generate_command(
     dtype = STATE_DTYPES[state_dtype]
     options = Options(tokens=tokens, drafts=speculative, temperature=temperature, seed=seed, state_dtype=dtype)
     place, summary = pick_device(device), Summary()
-    stream = generate(load_model(place), prompt.encode(), options, summary)
+    stream = generate(load_model(place), prompt.encode(errors="surrogateescape"), options, summary)
     first = next(stream)  # runs the prompt: bad input ends here, before anything is printed
-    console.print(prompt, style="bold", end="", markup=False, highlight=False, soft_wrap=True)
+    console.out(printable(prompt), style="bold", end="", highlight=False)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for new in chain([first], stream):
-        console.out(new.decode(errors="replace"), end="", highlight=False)
+        console.out(decoder.decode(new), end="", highlight=False)
+    console.out(decoder.decode(b"", final=True), end="", highlight=False)
     console.print("\n")
     console.print(_summary_table(summary, place))
 
@@ -107,7 +118,8 @@ def score_command(
     place = pick_device(device)
     model = load_model(place)
     steps = score_steps(text, model.config.max_positions)
-    table = Table("state", "bits per byte", "against fp32", title=f"{file.name}: {len(text):,} bytes on {place}")
+    title = escape(f"{printable(file.name)}: {len(text):,} bytes on {place}")
+    table = Table("state", "bits per byte", "against fp32", title=title)
     exact: float | None = None
     with progress() as bar:
         for name, dtype in STATE_DTYPES.items():
@@ -164,10 +176,18 @@ def info_command() -> None:
 def main() -> None:
     """Entry point: bad input is one sentence on standard error and exit status 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except GatedDeltaError as error:
-        print(f"gated-delta: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence = str(error)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        wrong_option = getattr(error, "format_message", None)  # of typer's usage errors, whatever they are built on
+        if wrong_option is None:
+            raise
+        sentence = wrong_option()
+    print(f"gated-delta: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

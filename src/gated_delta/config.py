@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gated_delta.errors import OptionError
+from gated_delta.validation.arguments import HEAD_SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,15 @@ class GatedDeltaNetConfig:
     allow_neg_eigval: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_k_heads", "num_v_heads"):
+            if getattr(self, name) < 1:
+                raise OptionError("GatedDeltaNetConfig", name, getattr(self, name), "at least 1")
+        for name in ("head_k_dim", "head_v_dim"):
+            if getattr(self, name) not in HEAD_SIZES:
+                must = f"one of {', '.join(map(str, HEAD_SIZES))}"
+                raise OptionError("GatedDeltaNetConfig", name, getattr(self, name), must)
+        if not 2 <= self.conv_width <= 5:
+            raise OptionError("GatedDeltaNetConfig", "conv_width", self.conv_width, "2 to 5")
         if self.num_v_heads % self.num_k_heads:
             raise OptionError(
                 "GatedDeltaNetConfig", "num_v_heads", self.num_v_heads, f"a multiple of num_k_heads={self.num_k_heads}"

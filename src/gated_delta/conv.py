@@ -47,10 +47,10 @@ def causal_conv1d(
     args = operators.conv(
         x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation, null_slot
     )
+    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
     if data.is_checked():
         data.cu_seqlens(args.where, cu_seqlens, x.shape[0])
         data.written_slots(args.where, "state_indices", state_indices, conv_states, null_slot)
-    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     library.causal_conv1d(
         x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation is not None,
@@ -95,13 +95,15 @@ def causal_conv1d_update(
     args = operators.conv_update(
         x, conv_states, weight, bias, activation, state_indices, num_accepted_tokens, cu_seqlens, null_slot
     )
+    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
     if data.is_checked():
         lengths = None if cu_seqlens is None else cu_seqlens.diff()
         if cu_seqlens is not None:
             data.cu_seqlens(args.where, cu_seqlens, x.shape[0])
         data.written_slots(args.where, "state_indices", state_indices, conv_states, null_slot)
-        data.accepted(args.where, num_accepted_tokens, lengths, conv_states.shape[-1], weight.shape[1])
-    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
+        data.accepted(
+            args.where, num_accepted_tokens, lengths, conv_states.shape[-1], weight.shape[1], state_indices, null_slot
+        )
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     if cu_seqlens is None:
         tokens = args.sizes.get("T", 1)

@@ -95,6 +95,7 @@ def gated_delta_rule_decode_pretranspose(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
+    operators.flag("gated_delta_rule_decode_pretranspose", "disable_state_update", disable_state_update)
     states = operators.pool_choice(state, initial_state, initial_state_indices)
     call = RecurrentCall(
         "gated_delta_rule_decode_pretranspose", q, k, v, states, A_log, a, dt_bias, b, scale, output, use_qk_l2norm,
@@ -107,10 +108,10 @@ def gated_delta_rule_decode_pretranspose(
 
 def run_recurrent(call: RecurrentCall, args: Arguments) -> Tensor:
     """What every recurrent operator does once its arguments are judged; returns the output."""
-    if data.is_checked():
-        data.recurrent(call)
     request = dispatch.Request(call.where, call.q.device.type, call.q.dtype, args.sizes["K"], args.sizes["V"])
     backend = dispatch.choose(request, call.backend)
+    if data.is_checked():
+        data.recurrent(call)
     output = call.q.new_empty(call.v.shape) if call.output is None else call.output
     library.recurrent(
         call.q, call.k, call.v, call.state, call.state_v_first, call.A_log, call.a, call.dt_bias, call.b,

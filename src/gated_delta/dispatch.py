@@ -77,7 +77,11 @@ def explain(
     """
     if operator not in OPERATORS:
         raise BackendError("explain", "operator", repr(operator), f"one of {', '.join(OPERATORS)}")
-    request = Request(operator, torch.device(device).type, dtype, head_k, head_v)
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise BackendError("explain", "device", repr(device), "a device that torch knows") from error
+    request = Request(operator, kind, dtype, head_k, head_v)
     refusals = {backend: backend.refuses(request) for backend in BACKENDS}
     chosen = next((backend.name for backend, refusal in refusals.items() if refusal is None), None)
     reasons = {backend.name: refusal or f"can serve it: {backend.summary}" for backend, refusal in refusals.items()}

@@ -63,9 +63,10 @@ class GatedDeltaNetAttention(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedDeltaNetAttention:
         """Dtype casts leave ``A_log`` in fp32: rounded to bf16 it would move the decay by up to 0.7 %."""
-        kept = self.A_log.detach().clone()
+        kept = self.A_log.detach()
         super()._apply(fn, recurse)
-        self.A_log.data = kept.to(device=self.A_log.device, dtype=torch.float32)
+        if self.A_log.dtype != torch.float32:
+            self.A_log.data = kept.to(device=self.A_log.device, dtype=torch.float32)
         return self
 
     def project(self, hidden: Tensor) -> Projected:
@@ -179,7 +180,7 @@ class GatedDeltaNetAttention(nn.Module):
             null_slot=state.null_slot, allow_neg_eigval=self.config.allow_neg_eigval,
         )  # fmt: skip
         packed = torch.arange(x.shape[0], device=x.device, dtype=starts.dtype)
-        row = torch.searchsorted(starts, packed, right=True) - 1
+        row = torch.searchsorted(starts.contiguous(), packed, right=True) - 1
         return output[row, packed - starts[row]]
 
     def evaluate(self, hidden: Tensor, *, token_by_token: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -70,11 +70,11 @@ def chunk_gated_delta_rule(
 
 def _run(call: PrefillCall) -> Tensor | tuple[Tensor, Tensor]:
     args = operators.prefill(call)
-    if data.is_checked():
-        data.prefill(call)
     q, sizes = call.q, args.sizes
     request = dispatch.Request(args.where, q.device.type, q.dtype, sizes["K"], sizes["V"])
     backend = dispatch.choose(request, call.backend)
+    if data.is_checked():
+        data.prefill(call)
     output = q.new_empty(sizes["L"], sizes["HS"], sizes["V"]) if call.output is None else call.output
     final = _final_state(call, sizes)
     in_place = final is not None and final is call.initial_state

@@ -18,7 +18,6 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 L2_EPS = 1e-6
@@ -39,14 +38,22 @@ def softplus(x: Tensor) -> Tensor:
     return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """``1 / (1 + e^-x)``. On a CPU torch's own rounds differently in vector bodies and tails, so that an element's bits
+    would depend on where in its tensor it stands.
+    """
+    return 1 / (1 + torch.exp(-x))
+
+
 def decay(A_log: Tensor, a: Tensor, dt_bias: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """``alpha = exp(-exp(A_log) softplus(a + dt_bias))``, shaped like ``a`` (``[..., HV]``)."""
-    return torch.exp(-torch.exp(A_log.to(dtype)) * softplus(a.to(dtype) + dt_bias.to(dtype)))
+    rate = torch.exp(A_log.to(dtype)).clamp(max=torch.finfo(dtype).max)  # inf times a closed gate would be NaN
+    return torch.exp(-rate * softplus(a.to(dtype) + dt_bias.to(dtype)))
 
 
 def write_strength(b: Tensor, *, allow_neg_eigval: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     """``beta = sigmoid(b)``, doubled where the transition may have negative eigenvalues (OLMo-hybrid)."""
-    beta = torch.sigmoid(b.to(dtype))
+    beta = sigmoid(b.to(dtype))
     return 2 * beta if allow_neg_eigval else beta
 
 
@@ -63,8 +70,8 @@ def l2norm(x: Tensor) -> Tensor:
 def activate(x: Tensor, activation: str | None) -> Tensor:
     """``silu`` (also called ``swish``), ``sigmoid`` or nothing."""
     if activation in ("silu", "swish"):
-        return F.silu(x)
-    return torch.sigmoid(x) if activation == "sigmoid" else x
+        return x * sigmoid(x)
+    return sigmoid(x) if activation == "sigmoid" else x
 
 
 def rms_norm_gated(
@@ -95,10 +102,8 @@ def extend(x: Tensor, history: Tensor, cu_seqlens: Tensor) -> Extended:
     count, width, _ = history.shape
     offsets = torch.arange(count + 1, device=x.device) * width
     starts = cu_seqlens.to(torch.int64) + offsets
-    lengths = cu_seqlens.diff().to(torch.int64)
-    tokens = torch.arange(x.shape[0], device=x.device) + torch.repeat_interleave(
-        offsets[1:], lengths, output_size=x.shape[0]
-    )
+    position = torch.arange(x.shape[0], device=x.device)
+    tokens = position + offsets[torch.searchsorted(cu_seqlens.to(torch.int64).contiguous(), position, right=True)]
     rows = x.new_zeros(x.shape[0] + count * width, x.shape[1], dtype=history.dtype)
     past = starts[:-1, None] + torch.arange(width, device=x.device)
     rows = rows.index_copy(0, past.flatten(), history.flatten(0, 1))
@@ -147,9 +152,10 @@ def recurrent(
     outputs, kept = [v[:, :0]], []
     for t in range(q.shape[1]):
         state = state * alpha[:, t, :, None, None]
-        u = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhvk,bhk->bhv", state, k[:, t]))
+        # A sum over the last dimension gives a row the same bits in any batch; a batched product need not.
+        u = beta[:, t, :, None] * (v[:, t] - (state * k[:, t, :, None]).sum(-1))
         state = state + u[..., :, None] * k[:, t, :, None, :]
-        outputs.append(scale * torch.einsum("bhvk,bhk->bhv", state, q[:, t])[:, None])
+        outputs.append(scale * (state * q[:, t, :, None]).sum(-1)[:, None])
         if keep_every and (t + 1) % keep_every == 0:
             kept.append(state)
     return torch.cat(outputs, dim=1), state, kept

@@ -57,6 +57,7 @@ def gated_delta_rule_mtp(
         message = "gated_delta_rule_mtp: disable_state_update=None means True today and will mean False; pass one"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         disable_state_update = True
+    operators.flag("gated_delta_rule_mtp", "disable_state_update", disable_state_update)
     call = RecurrentCall(
         "gated_delta_rule_mtp", q, k, v, initial_state, A_log, a, dt_bias, b, scale, output, use_qk_l2norm,
         allow_neg_eigval, backend, read_slots=initial_state_indices, write_slots=output_state_indices,

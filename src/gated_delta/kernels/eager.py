@@ -110,7 +110,9 @@ def recurrent(
     alpha = reference.decay(A_log, a[live], dt_bias)
     beta = reference.write_strength(b[live], allow_neg_eigval=allow_neg_eigval)
     every = 0 if snapshots is None and token_slots is None else 1
-    result, final, states = reference.recurrent(q, k, v[live], alpha, beta, scale, pool[slots], keep_every=every)
+    result, final, states = reference.recurrent(
+        q, k, v[live], alpha, beta, scale, pool[slots].contiguous(), keep_every=every
+    )
     if zero_padding:
         output.zero_()
     output[live] = result.to(output.dtype)
@@ -181,7 +183,9 @@ def causal_conv1d_update(
     starts, ends = extended.starts[live], extended.starts[live + 1]
     first_kept = starts + 1 if num_accepted_tokens is not None else ends - past
     source = first_kept[:, None] + torch.arange(columns, device=x.device)
-    fresh = (source < ends[:, None])[..., None]
+    fresh = ((source < ends[:, None]) & (ends - starts > past)[:, None])[
+        ..., None
+    ]  # a row without tokens keeps its own
     window = torch.where(fresh, extended.rows[torch.minimum(source, ends[:, None] - 1)], window)
     conv_states[slots] = window.transpose(1, 2).to(conv_states.dtype)
 
@@ -198,11 +202,11 @@ def _convolve(
 ) -> None:
     """The convolution into ``output``, zero for rows that are padding."""
     output.copy_(reference.causal_conv1d(extended, weight, bias, "silu" if activate else None))
-    count, past = len(extended.starts) - 1, weight.shape[1] - 1
+    count = len(extended.starts) - 1
     if len(live) < count:
         padding = torch.ones(count, dtype=torch.bool, device=output.device).index_fill(0, live, False)
-        lengths = extended.starts.diff() - past
-        output[torch.repeat_interleave(padding, lengths, output_size=len(output))] = 0
+        row = torch.searchsorted(extended.starts, extended.tokens, right=True) - 1
+        output[padding[row]] = 0
 
 
 def rms_norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, output: Tensor) -> None:

@@ -30,8 +30,8 @@ class Options:
         for name, value, least in (("tokens", self.tokens, 1), ("drafts", self.drafts, 0)):
             if value < least:
                 raise OptionError("generate", name, value, f"at least {least}")
-        if not self.temperature >= 0:
-            raise OptionError("generate", "temperature", self.temperature, "0 (greedy) or more")
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
+            raise OptionError("generate", "temperature", self.temperature, "0 (greedy), or in [0.01, 100]")
 
 
 @dataclass

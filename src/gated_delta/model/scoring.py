@@ -19,9 +19,19 @@ UNCOUNTED = -1
 
 
 def score_steps(text: bytes, window: int) -> int:
-    """How many steps :func:`score` will take."""
+    """How many steps :func:`score` will take.
+
+    Raises:
+        OptionError: the text has fewer than 2 bytes.
+    """
+    _check(text)
     windows = -(-(len(text) - 1) // window)
     return sum(min(window, len(text) - 1 - first * window) for first in range(0, windows, ROWS))
+
+
+def _check(text: bytes) -> None:
+    if len(text) < 2:
+        raise OptionError("score", "the text", f"{len(text)} bytes long", "at least 2 bytes long")
 
 
 def score(
@@ -38,9 +48,8 @@ def score(
     Raises:
         OptionError: the text has fewer than 2 bytes.
     """
-    if len(text) < 2:
-        raise OptionError("score", "the text", f"{len(text)} bytes long", "at least 2 bytes long")
     device, window = model.embedding.weight.device, model.config.max_positions
+    _check(text)
     predictions = len(text) - 1
     short = -predictions % window  # the last window is filled up with targets that do not count
     inputs = torch.tensor([*text[:-1], *[0] * short], device=device).view(-1, window)

@@ -80,11 +80,12 @@ class Session:
         Raises:
             OptionError: more than the step had, none, or fewer where the session is not speculative.
         """
-        least = 1 if self.drafts and self.length else self._stepped
+        least = 1 if self.drafts and self.length else max(1, self._stepped)
         if not least <= tokens <= self._stepped:
             raise OptionError("Session.keep", "tokens", tokens, f"in [{least}, {self._stepped}]")
         self._accepted = tokens if self.drafts and self.length else 1
         self.length += tokens
+        self._stepped = 0
 
     def layer_state(self, layer: int) -> LayerState:
         """GDN state of model layer ``layer``."""
@@ -96,8 +97,8 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of GDN state that one sequence carries, whatever its length."""
-        return self._pool.bytes_per_slot
+        """Bytes of GDN state that one sequence holds, whatever its length: a slot, and one more for each draft."""
+        return self._pool.bytes_per_slot * (self.drafts + 1)
 
     def kv_bytes(self) -> tuple[int, int]:
         """Bytes of KV cache at the present length of one sequence: of the attention layers, and what the GDN layers

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gated_delta.errors import OptionError
 from gated_delta.model.network import HybridLM
@@ -17,22 +17,28 @@ def load_model(device: torch.device | str = "cpu", path: Path = WEIGHTS) -> Hybr
     """The bundled language model in fp32 (stored in bf16), ready to generate.
 
     Raises:
-        OptionError: safetensors is not installed, or ``path`` is no file.
+        OptionError: safetensors is not installed, or ``path`` is no safetensors file.
     """
-    if importlib.util.find_spec("safetensors") is None:
-        raise OptionError("load_model", "safetensors", "not installed", 'installed: pip install "gated-delta[cli]"')
-    from safetensors.torch import load_file  # noqa: PLC0415 (an extra)
-
-    if not path.is_file():
-        raise OptionError("load_model", "path", str(path), "an existing safetensors file")
     model = HybridLM()
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(_read(path)[0])
     return model.to(device).eval().requires_grad_(False)
 
 
 def weights_facts(path: Path = WEIGHTS) -> dict[str, str]:
-    """What training wrote beside the weights: text, steps, bits per byte."""
-    from safetensors import safe_open  # noqa: PLC0415 (an extra)
+    """What training wrote beside the weights: text, steps, bits per byte. Raises as :func:`load_model`."""
+    return _read(path)[1]
 
-    with safe_open(path, framework="pt") as stored:
-        return dict(stored.metadata() or {})
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        must = 'installed: pip install "gated-delta[cli]"'
+        raise OptionError("load_model", "safetensors", "not installed", must) from error
+    if not path.is_file():
+        raise OptionError("load_model", "path", str(path), "an existing safetensors file")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise OptionError("load_model", "path", f"{path} ({error})", "a safetensors file") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from gated_delta.errors import DeviceError, DtypeError, GradientError, LayoutErr
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
+LARGEST = torch.finfo(torch.float64).max
 HEAD_SIZES = (32, 64, 96, 128, 192, 256)
 
 
@@ -20,9 +20,8 @@ def describe_dtypes(dtypes: Collection[torch.dtype]) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-@lru_cache(maxsize=256)
-def _dims(spec: str) -> tuple[str, ...]:
-    return tuple(spec.split())
+def _dims(spec: str) -> list[str]:
+    return spec.split()
 
 
 class Arguments:
@@ -46,14 +45,15 @@ class Arguments:
         dtypes: Collection[torch.dtype],
         *,
         any_stride: bool = False,
+        written: bool = False,
     ) -> None:
-        """Check one required tensor: its type, rank and sizes, dtype, device, gradient and innermost stride."""
+        """Check one required tensor: its type, rank and sizes, dtype, device, gradient and strides."""
         if not isinstance(value, Tensor):
             must = f"a tensor [{', '.join(_dims(spec))}] of {describe_dtypes(dtypes)}"
             raise DtypeError(self.where, name, "None" if value is None else f"a {type(value).__name__}", must)
         self._shape(name, value, spec)
         if value.dtype not in dtypes:
-            raise DtypeError(self.where, name, str(value.dtype), describe_dtypes(dtypes))
+            raise DtypeError(self.where, name, describe_dtypes([value.dtype]), describe_dtypes(dtypes))
         if self._device is None:
             self._device = (name, value.device)
         elif value.device != self._device[1]:
@@ -68,6 +68,8 @@ class Arguments:
         if not any_stride and value.shape[-1] > 1 and value.stride(-1) != 1:
             was = f"strided by {value.stride(-1)} elements in its last dimension"
             raise LayoutError(self.where, name, was, "contiguous in its last dimension (other strides are free)")
+        if written and any(step == 0 and size > 1 for size, step in zip(value.shape, value.stride(), strict=True)):
+            raise LayoutError(self.where, name, "a view whose rows share memory", "memory of its own: it is written")
 
     def optional(
         self,
@@ -77,14 +79,16 @@ class Arguments:
         dtypes: Collection[torch.dtype],
         *,
         any_stride: bool = False,
+        written: bool = False,
     ) -> None:
         """Check a tensor that may be left out."""
         if value is not None:
-            self.tensor(name, value, spec, dtypes, any_stride=any_stride)
+            self.tensor(name, value, spec, dtypes, any_stride=any_stride, written=written)
 
     def same_dtype(self, first: str, a: Tensor, second: str, b: Tensor) -> None:
         if a.dtype != b.dtype:
-            raise DtypeError(self.where, second, str(b.dtype), f"{a.dtype}, as {first} is")
+            must = f"{describe_dtypes([a.dtype])}, as {first} is"
+            raise DtypeError(self.where, second, describe_dtypes([b.dtype]), must)
 
     def head_sizes(self) -> None:
         for name in ("K", "V"):
@@ -95,6 +99,12 @@ class Arguments:
     def number(self, name: str, value: Any) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise DtypeError(self.where, name, f"a {type(value).__name__}", "a number")
+        if not -LARGEST <= value <= LARGEST:
+            raise OptionError(self.where, name, value, "a finite number")
+
+    def flag(self, name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise DtypeError(self.where, name, f"a {type(value).__name__}", "True or False")
 
     def scale(self, value: Any) -> None:
         if value is not None:
@@ -105,6 +115,8 @@ class Arguments:
             raise DtypeError(self.where, name, f"a {type(value).__name__}", f"a whole number of at least {least}")
         if value < least:
             raise OptionError(self.where, name, value, f"at least {least}")
+        if value >= 2**63:
+            raise OptionError(self.where, name, value, "below 2**63")
 
     def word(self, name: str, value: Any, words: Collection[str | None], meaning: str = "") -> None:
         if value not in words:

@@ -42,8 +42,11 @@ def prefill(call: PrefillCall) -> None:
     where = "chunk_gated_delta_rule"
     assert call.cu_seqlens is not None
     cu_seqlens(where, call.cu_seqlens, call.q.shape[0], call.max_seqlen)
-    gates(where, call.g, call.g_space, call.beta)
-    slots(where, "state_indices", call.state_indices, call.initial_state)
+    last = int(call.cu_seqlens[-1])  # what stands behind it is padding
+    gates(
+        where, None if call.g is None else call.g[:last], call.g_space, None if call.beta is None else call.beta[:last]
+    )
+    slots(where, "state_indices", call.state_indices, call.initial_state, call.null_slot)
     if call.output_final_state or call.output_state is not None:
         pool = call.initial_state if call.output_state is None else call.output_state
         written_slots(where, "state_indices", call.state_indices, pool, call.null_slot)
@@ -53,13 +56,45 @@ def prefill(call: PrefillCall) -> None:
 
 
 def recurrent(call: RecurrentCall) -> None:
-    """Decode and several tokens."""
-    slots(call.where, "initial_state_indices", call.read_slots, call.state)
-    if call.update and call.write_slots is not None:
-        written_slots(call.where, "output_state_indices", call.write_slots, call.state, call.null_slot)
-    elif call.update and call.token_slots is None:
+    """Decode and several tokens. Rows of padding write nothing, whatever their other indices say."""
+    slots(call.where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
+    live: slice | Tensor = slice(None)
+    if call.read_slots is not None:
+        live = (call.read_slots >= 0) & (call.read_slots != _none(call.null_slot))
+    write_slots = None if call.write_slots is None else call.write_slots[live]
+    token_slots = None if call.token_slots is None else call.token_slots[live]
+    if call.update and write_slots is not None:
+        written_slots(call.where, "output_state_indices", write_slots, call.state, call.null_slot)
+    elif call.update and token_slots is None:
         written_slots(call.where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
-    written_slots(call.where, "ssm_state_indices", call.token_slots, call.state, call.null_slot)
+    written_slots(call.where, "ssm_state_indices", token_slots, call.state, call.null_slot)
+    _races(call, write_slots, token_slots, live)
+
+
+def _races(call: RecurrentCall, write_slots: Tensor | None, token_slots: Tensor | None, live: slice | Tensor) -> None:
+    """A slot that one row writes and another row writes too, or reads."""
+    if call.read_slots is None:
+        return
+    reads = call.read_slots[live].tolist()
+    writes: list[list[int]] = [[] for _ in reads]
+    for named in (write_slots, token_slots):
+        if named is not None and (call.update or named is token_slots):
+            for own, found in zip(writes, named.reshape(len(reads), -1).tolist(), strict=True):
+                own.extend(found)
+    writer: dict[int, int] = {}
+    for row, own in enumerate(writes):
+        for slot in own:
+            if slot >= 0 and slot != _none(call.null_slot) and writer.setdefault(slot, row) != row:
+                must = "written by one row only"
+                raise DataError(call.where, "a slot", f"{slot}, written by rows {writer[slot]} and {row}", must)
+    for row, slot in enumerate(reads):
+        if writer.get(slot, row) != row:
+            was = f"{slot}, read by row {row} and written by row {writer[slot]}"
+            raise DataError(call.where, "a slot", was, "written by no other row than the one that reads it")
+
+
+def _none(null_slot: int | None) -> int:
+    return -1 if null_slot is None else null_slot
 
 
 def cu_seqlens(where: str, starts: Tensor, total: int, max_seqlen: int | None = None) -> None:
@@ -76,20 +111,20 @@ def cu_seqlens(where: str, starts: Tensor, total: int, max_seqlen: int | None = 
 
 
 def slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int | None = None) -> None:
-    """Slots to read: below the size of the pool. (Negative ones are padding.)"""
+    """Slots to read: below the size of the pool. (Negative ones and ``null_slot`` are padding.)"""
     if indices is None or pool is None:
         return
-    beyond = indices[indices >= pool.shape[0]]
+    beyond = indices[(indices >= pool.shape[0]) & (indices != _none(null_slot))]
     if beyond.numel():
         raise DataError(where, name, f"{int(beyond[0])} somewhere", f"below {pool.shape[0]}, the slots of the pool")
 
 
 def written_slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int | None) -> None:
     """Slots to write: in range, and none named twice (two rows that write one slot race)."""
-    slots(where, name, indices, pool)
+    slots(where, name, indices, pool, null_slot)
     if indices is None:
         return
-    live = indices[(indices >= 0) & (indices != (-1 if null_slot is None else null_slot))].flatten()
+    live = indices[(indices >= 0) & (indices != _none(null_slot))].flatten()
     values, counts = live.unique(return_counts=True)
     if (counts > 1).any():
         slot = int(values[counts > 1][0])
@@ -119,10 +154,23 @@ def checkpoint_rows(where: str, starts: Tensor, sequence_starts: Tensor, every: 
             raise DataError(where, f"checkpoint_cu_starts[{i}:{i + 2}]", was, must)
 
 
-def accepted(where: str, counts: Tensor | None, lengths: Tensor | None, columns: int, width: int) -> None:
+def accepted(
+    where: str,
+    counts: Tensor | None,
+    lengths: Tensor | None,
+    columns: int,
+    width: int,
+    state_indices: Tensor | None,
+    null_slot: int | None,
+) -> None:
     """``num_accepted_tokens`` and ragged lengths against the columns of a speculative convolution window."""
+    if counts is None:
+        return
     most = columns - width + 2
-    if counts is not None and counts.numel():
+    if state_indices is not None:
+        live = (state_indices >= 0) & (state_indices != _none(null_slot))
+        counts, lengths = counts[live], None if lengths is None else lengths[live]
+    if counts.numel():
         low, high = int(counts.min()), int(counts.max())
         if low < 1 or high > most:
             must = f"in [1, {most}] for a window of {columns} columns and a width of {width}"

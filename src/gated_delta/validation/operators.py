@@ -22,7 +22,9 @@ def prefill(call: PrefillCall) -> Arguments:
     args.optional("g", call.g, "L HS", _F32)
     args.optional("beta", call.beta, "L HS", _F32)
     args.tensor("cu_seqlens", call.cu_seqlens, "N+1", INDICES, any_stride=True)
-    args.optional("output", call.output, "L HS V", FLOATS)
+    args.optional("output", call.output, "L HS V", FLOATS, written=True)
+    args.flag("output_final_state", call.output_final_state)
+    args.flag("use_qk_l2norm_in_kernel", call.use_qk_l2norm_in_kernel)
     args.scale(call.scale)
     args.word("g_space", call.g_space, ("linear", "log"), _G_SPACE)
     if call.max_seqlen is not None:
@@ -37,7 +39,7 @@ def _prefill_states(args: Arguments, call: PrefillCall) -> None:
     rows = "P" if pooled else "N"
     args.optional("state_indices", call.state_indices, "N", INDICES, any_stride=True)
     args.optional("initial_state", call.initial_state, f"{rows} HS V K", FLOATS)
-    args.optional("output_state", call.output_state, f"{rows} HS V K", FLOATS)
+    args.optional("output_state", call.output_state, f"{rows} HS V K", FLOATS, written=True)
     args.optional("has_initial_state", call.has_initial_state, "N", (torch.bool,), any_stride=True)
     if pooled:
         pool = call.initial_state is not None or call.output_state is not None
@@ -59,7 +61,7 @@ def _checkpoints(
             args.needed(name, value is not None, f"checkpoint_every_n_tokens is {every}")
         else:
             args.excluded(name, value is not None, "checkpoint_every_n_tokens is 0")
-    args.optional("state_checkpoints", state_checkpoints, "* HS V K", FLOATS)
+    args.optional("state_checkpoints", state_checkpoints, "* HS V K", FLOATS, written=True)
     args.optional("checkpoint_cu_starts", checkpoint_cu_starts, "N+1", INDICES, any_stride=True)
 
 
@@ -71,16 +73,18 @@ def recurrent(call: RecurrentCall, *, state_name: str = "state", single: bool = 
     if not single:
         args.whole("the number of tokens T", args.sizes["T"], least=1)
     h, hv = args.sizes["H"], args.sizes["HV"]
-    if h == 0 or hv % h:
+    if h == 0 or hv == 0 or hv % h:
         raise ShapeError(call.where, "v", f"of {hv} heads", f"of a multiple of the {h} heads of q and k")
     rows, layout = "B" if call.read_slots is None else "P", "V K" if call.state_v_first else "K V"
-    args.tensor(state_name, call.state, f"{rows} HV {layout}", FLOATS)
+    args.tensor(state_name, call.state, f"{rows} HV {layout}", FLOATS, written=True)
     args.tensor("A_log", call.A_log, "HV", _F32)
     args.tensor("a", call.a, f"B {steps} HV", FLOATS)
     args.tensor("dt_bias", call.dt_bias, "HV", FLOATS)
     args.tensor("b", call.b, f"B {steps} HV", FLOATS)
     args.scale(call.scale)
-    args.optional("output", call.output, f"B {steps} HV V", FLOATS)
+    args.optional("output", call.output, f"B {steps} HV V", FLOATS, written=True)
+    args.flag("use_qk_l2norm", call.use_qk_l2norm)
+    args.flag("allow_neg_eigval", call.allow_neg_eigval)
     args.optional("initial_state_indices", call.read_slots, "B", INDICES, any_stride=True)
     _null_slot(args, call.null_slot, call.read_slots is not None, "initial_state_indices")
     _write_back(args, call, layout)
@@ -100,6 +104,11 @@ def pool_choice(state: Tensor | None, initial_state: Tensor | None, read_slots: 
     return initial_state
 
 
+def flag(where: str, name: str, value: object) -> None:
+    """An argument that is True or False."""
+    Arguments(where).flag(name, value)
+
+
 def needs_slots(call: RecurrentCall) -> None:
     """Several tokens always read a pool."""
     Arguments(call.where).needed("initial_state_indices", call.read_slots is not None, "initial_state is a pool")
@@ -113,7 +122,7 @@ def _write_back(args: Arguments, call: RecurrentCall, layout: str) -> None:
         args.needed("initial_state_indices", pooled, "output_state_indices name slots of a pool")
         because = "disable_state_update is True, so no final state is written"
         args.excluded("output_state_indices", not call.update, because)
-    args.optional("intermediate_states_buffer", call.snapshots, f">=B >=T HV {layout}", FLOATS)
+    args.optional("intermediate_states_buffer", call.snapshots, f">=B >=T HV {layout}", FLOATS, written=True)
     if call.token_slots is None:
         return
     args.tensor("ssm_state_indices", call.token_slots, "B T", INDICES, any_stride=True)
@@ -187,6 +196,8 @@ def norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str) -> A
     args.tensor("z", z, spec, FLOATS)
     args.tensor("weight", weight, "V", FLOATS)
     args.number("eps", eps)
+    if eps < 0:
+        raise OptionError(args.where, "eps", eps, "at least 0")
     args.word("activation", activation, ("silu", "swish", "sigmoid"))
     return args
 
@@ -202,11 +213,11 @@ def _qkv(args: Arguments, q: Tensor, k: Tensor, v: Tensor, q_spec: str, k_spec: 
 
 def _prefill_heads(args: Arguments) -> None:
     hq, hk, hv = (args.sizes[n] for n in ("HQ", "HK", "HV"))
-    gva = hq == hk and hk > 0 and hv % hk == 0
-    gqa = hk == hv and hk > 0 and hq % hk == 0
+    gva = hq == hk and hk > 0 and hv > 0 and hv % hk == 0
+    gqa = hk == hv and hk > 0 and hq > 0 and hq % hk == 0
     if not (gva or gqa):
-        must = "HQ = HK dividing HV (grouped values), or HK = HV dividing HQ (grouped queries)"
-        raise ShapeError(args.where, "the head counts", f"HQ={hq}, HK={hk}, HV={hv}", must)
+        must = "such that HQ = HK divides HV (grouped values) or HK = HV divides HQ (grouped queries)"
+        raise ShapeError(args.where, "(HQ, HK, HV)", (hq, hk, hv), must)
     args.sizes["HS"] = max(hq, hv)
     args.bound_by["HS"] = "max(HQ, HV)"
 
@@ -226,7 +237,7 @@ def _conv_common(
         raise ShapeError(args.where, "weight", f"of width {width}", "of width 2 to 5")
     args.optional("bias", bias, "D", FLOATS)
     rows = "N" if state_indices is None else "P"
-    args.optional("conv_states", conv_states, f"{rows} D *", FLOATS, any_stride=True)
+    args.optional("conv_states", conv_states, f"{rows} D *", FLOATS, any_stride=True, written=True)
     if conv_states is not None and conv_states.shape[-1] < width - 1:
         must = f"of at least {width - 1} columns for a width of {width}"
         raise ShapeError(args.where, "conv_states", f"of {conv_states.shape[-1]} columns", must)

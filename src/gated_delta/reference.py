@@ -26,7 +26,7 @@ CHUNK = 32
 with it, and the state is rewritten once a chunk: 32 was the fastest of 16, 32 and 64 on a CPU (docs/performance.md).
 It divides the contract's 64, so that checkpoints fall on chunk ends."""
 
-_PREPARED_ELEMENTS = 1 << 21
+_PREPARED_ELEMENTS = 1 << 19
 """Elements of one C x C gate matrix prepared ahead of the scan: bounds memory for long prompts."""
 
 
@@ -177,27 +177,23 @@ class _Plan(NamedTuple):
     """``[chunks, C]``: packed position of every token; a short last chunk repeats its last one."""
     valid: Tensor
     """``[chunks, C]``: False where ``tokens`` repeats."""
-
-    def places(self, total: int) -> Tensor:
-        """``[total]``: where each packed token stands among the chunks; behind them all if it is in none."""
-        behind = self.tokens.numel()
-        inside = torch.arange(behind, device=self.tokens.device).view_as(self.tokens)
-        places = torch.full((total,), behind, device=self.tokens.device)
-        return places.index_copy(0, self.tokens[self.valid], inside[self.valid])
+    full: list[bool]
+    """Whether every chunk of a step is whole."""
 
 
 def _plan(spans: Sequence[tuple[int, int]], chunk: int, device: torch.device) -> _Plan:
     lengths = [end - start for start, end in spans]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    starts, ends, widths = [], [], []
+    starts, ends, widths, full = [], [], [], []
     for first in range(0, lengths[order[0]] if order else 0, chunk):
         running = [i for i in order if lengths[i] > first]
         widths.append(len(running))
+        full.append(lengths[running[-1]] >= first + chunk)
         starts += [spans[i][0] + first for i in running]
         ends += [spans[i][1] for i in running]
     tokens = torch.tensor(starts, dtype=torch.int64, device=device)[:, None] + torch.arange(chunk, device=device)
     stop = torch.tensor(ends, dtype=torch.int64, device=device)[:, None]
-    return _Plan(order, widths, torch.minimum(tokens, stop - 1), tokens < stop)
+    return _Plan(order, widths, torch.minimum(tokens, stop - 1), tokens < stop, full)
 
 
 def _unit_lower_inverse(lower: Tensor) -> Tensor:
@@ -278,9 +274,9 @@ def _per_state_head(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _add_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``c + a @ b`` in one pass over c, batched over the first two dimensions."""
-    return torch.baddbmm(c.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1)).view_as(c)
+def _plus_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``c + a @ b``, batched over the first two dimensions, in c's memory: c must be fresh."""
+    return c.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1)).view_as(c)
 
 
 def _scan_chunk(state: Tensor, chunk: _Prepared) -> tuple[Tensor, Tensor]:
@@ -289,13 +285,23 @@ def _scan_chunk(state: Tensor, chunk: _Prepared) -> tuple[Tensor, Tensor]:
     qk = _per_state_head(chunk.qk, state.shape[1])
     read = qk @ state
     u = chunk.solve @ (chunk.v - chunk.decay_in * read[..., size:, :])
-    output = _add_product(chunk.decay_in * read[..., :size, :], chunk.attend, u)
+    output = _plus_product(chunk.decay_in * read[..., :size, :], chunk.attend, u)
     keys = qk[..., size:, :].transpose(-1, -2)
-    return output, _add_product(chunk.decay_in[..., -1:, :] * state, keys, chunk.decay_out * u)
+    return output, _plus_product(chunk.decay_in[..., -1:, :] * state, keys, chunk.decay_out * u)
 
 
-def _prepared_chunks(inputs: _Inputs, plan: _Plan) -> Iterator[_Prepared]:
-    """The chunks of each step, prepared many steps at a time."""
+class _Step(NamedTuple):
+    """The chunks that all running sequences have at one step."""
+
+    prepared: _Prepared
+    tokens: Tensor
+    """Packed positions of their tokens, chunk after chunk."""
+    valid: Tensor | None
+    """Which of the chunks' rows these are; None for all."""
+
+
+def _steps(inputs: _Inputs, plan: _Plan) -> Iterator[_Step]:
+    """The steps of the scan, prepared many at a time."""
     heads, chunk = inputs.alpha.shape[-1], plan.tokens.shape[1]
     most = max(1, _PREPARED_ELEMENTS // (heads * chunk * chunk))
     edges = list(accumulate(plan.widths, initial=0))
@@ -306,7 +312,9 @@ def _prepared_chunks(inputs: _Inputs, plan: _Plan) -> Iterator[_Prepared]:
         prepared = _prepare(inputs, plan.tokens[rows], plan.valid[rows])
         for i in range(step, stop):
             here = slice(edges[i] - edges[step], edges[i + 1] - edges[step])
-            yield _Prepared(*(x[here] for x in prepared))
+            tokens = plan.tokens[edges[i] : edges[i + 1]].flatten()
+            valid = None if plan.full[i] else plan.valid[edges[i] : edges[i + 1]].flatten()
+            yield _Step(_Prepared(*(x[here] for x in prepared)), tokens if valid is None else tokens[valid], valid)
         step = stop
 
 
@@ -333,11 +341,13 @@ def chunked(
     *,
     checkpoint_every: int = 0,
     chunk: int = CHUNK,
+    out: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Chunked:
     """The rule by chunks, for packed sequences: q ``[L, HQ, K]``, k ``[L, HK, K]``, v ``[L, HV, V]``, alpha and beta
-    ``[L, HS]``, initial state ``[N, HS, V, K]``; sequence i is the tokens ``spans[i]``, first to one past the last
-    (tokens of no span are left out and their output is zero); ``checkpoint_every`` is 0 or a multiple of ``chunk``.
+    ``[L, HS]``, initial state ``[N, HS, V, K]``; sequence i is the tokens ``spans[i]``, first to one past the last;
+    ``checkpoint_every`` is 0 or a multiple of ``chunk``. The output goes to ``out``, rounded to its dtype, if that is
+    given (tokens of no span stay as they are), else to zeros in ``dtype``.
 
     The state before a chunk enters through two products; inside the chunk the updates u solve a unit lower
     triangular system (docs/maths.md derives it).
@@ -348,21 +358,20 @@ def chunked(
     plan = _plan(spans, chunk, q.device)
     running = state.to(dtype).transpose(-1, -2)[plan.order]
     finished: list[Tensor] = []
-    outputs: list[Tensor] = []
+    output = v.new_zeros(q.shape[0], heads, v.shape[-1], dtype=dtype) if out is None else out
     checkpoints: list[list[Tensor]] = [[] for _ in plan.order]
-    for step, prepared in enumerate(_prepared_chunks(_Inputs(q, k, v, alpha, beta, scale, dtype), plan)):
-        width = plan.widths[step]
+    for i, step in enumerate(_steps(_Inputs(q, k, v, alpha, beta, scale, dtype), plan)):
+        width, done = plan.widths[i], (i + 1) * chunk
         finished.append(running[width:])
-        output, running = _scan_chunk(running[:width], prepared)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
-        done = (step + 1) * chunk
+        rows, running = _scan_chunk(running[:width], step.prepared)
+        rows = rows.transpose(1, 2).to(output.dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        output.index_copy_(0, step.tokens, rows if step.valid is None else rows[step.valid])
         if checkpoint_every and done % checkpoint_every == 0:
             for row, sequence in enumerate(plan.order[:width]):
                 if spans[sequence][1] - spans[sequence][0] >= done:
                     checkpoints[sequence].append(running[row].transpose(-1, -2))
     final = torch.cat([running, *reversed(finished)])[_inverse(plan.order)].transpose(-1, -2)
-    outputs.append(v.new_zeros(1, heads, v.shape[-1], dtype=dtype))  # for tokens of no span
-    return Chunked(torch.cat(outputs).index_select(0, plan.places(q.shape[0])), final, checkpoints)
+    return Chunked(output, final, checkpoints)
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

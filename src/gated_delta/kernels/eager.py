@@ -63,14 +63,12 @@ def prefill(
         q, k = reference.l2norm(q.float()), reference.l2norm(k.float())
     ones = torch.ones((), device=q.device).expand(len(q), heads)
     alpha = ones if g is None else g.exp() if log_gates else g
-    result = reference.chunked(
-        q, k, v, alpha, ones if beta is None else beta, scale, state, spans, checkpoint_every=checkpoint_every
-    )
     if zero_padding:
-        output.copy_(result.output)
-    else:
-        for start, end in spans:
-            output[start:end] = result.output[start:end].to(output.dtype)
+        output.zero_()
+    result = reference.chunked(
+        q, k, v, alpha, ones if beta is None else beta, scale, state, spans, checkpoint_every=checkpoint_every,
+        out=output,
+    )  # fmt: skip
     if final_state is not None:
         final_state[slots] = result.state.to(final_state.dtype)
     if checkpoints is not None and checkpoint_starts is not None:

@@ -38,9 +38,11 @@ def chunks_against_loop(tokens: int = 4096) -> None:
     for name, dtype in (("fp32", torch.float32), ("float64", torch.float64)):
         loops[name] = best_of(lambda d=dtype: reference.recurrent(*rows, 0.1, state, dtype=d), 2)  # type: ignore[arg-type]
         print(f"  token loop in {name}: {loops[name] * 1e3:.0f} ms")
-    out = torch.empty_like(v)
+    out = torch.empty_like(v)  # as the CPU backend runs them: into an output, prepared in float64
     for chunk in (16, 32, 64):
-        run = partial(reference.chunked, q, k, v, alpha, beta, 0.1, state, spans, chunk=chunk, out=out)
+        run = partial(
+            reference.chunked, q, k, v, alpha, beta, 0.1, state, spans, chunk=chunk, out=out, prepare=torch.float64
+        )
         seconds = best_of(run, 8)
         ratios = ", ".join(f"{loop / seconds:.1f}x the {name} loop" for name, loop in loops.items())
         print(f"  chunks of {chunk}: {seconds * 1e3:.0f} ms, {ratios}")

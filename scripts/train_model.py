@@ -1,6 +1,6 @@
 """Train the bundled language model on the text that build_corpus.py wrote.
 
-    python scripts/train_model.py corpus OUT.safetensors        about 5 minutes on one H200
+    python scripts/train_model.py corpus OUT.safetensors        about 6 minutes on one H200
 
 Keeps the weights with the best bits per byte on valid.txt, reports test.txt once at the end, and stores bf16 (A_log
 in fp32, as the layer keeps it). Initial weights and batches come from --seed; sums over tokens on a GPU use atomics,

@@ -21,7 +21,7 @@ from gated_delta.testing.inputs import Inputs
 from test_validation import CALLS, FLOATS, assert_fault
 
 DECODE = "gated_delta_rule_decode"
-CPU = "chunked or token by token in torch, fp32 arithmetic"
+CPU = "plain torch, fp32 arithmetic"
 NOT_ON_CPU = "it serves tensors on the CPU, and these are on"
 
 

@@ -49,7 +49,7 @@ def test_import_loads_no_kernel_and_warns_of_nothing(before: str, environment: d
     assert done.stderr == ""
     kernels, extras, result, afterwards = done.stdout.splitlines()
     assert (kernels, extras, result) == ("", "", "True")
-    assert "gated_delta.kernels.eager" in afterwards.split()
+    assert "gated_delta.kernels.cpu" in afterwards.split()
 
 
 def test_importing_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 
 import gated_delta as gd
+from gated_delta import cli
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.errors import BackendError, DataError, DtypeError, LayoutError, OptionError, ShapeError
+from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.model.config import HybridConfig
 from gated_delta.model.generation import Options
 from gated_delta.model.session import Session
 from gated_delta.model.weights import load_model, weights_facts
+from gated_delta.state import StatePool
 from gated_delta.testing.inputs import prefill_inputs, recurrent_inputs
 
 SHARED = "a view whose rows share memory; it must be memory of its own: it is written"
@@ -205,3 +209,42 @@ def test_no_backend_is_said_before_values_are_read() -> None:
             x, torch.ones(4, 4, device="meta"), conv_states=None, cu_seqlens=torch.ones(2, device="meta").int(),
             state_indices=None, has_initial_state=None,
         )  # fmt: skip
+
+
+def test_a_batch_wider_than_the_pool_is_refused() -> None:
+    layer = GatedDeltaNetAttention(config(head_k_dim=32, head_v_dim=32)).requires_grad_(False)
+    state = StatePool(layer.config, layers=1, slots=5, num_spec=1).layer(0)
+    batch = GatedDeltaNetBatch.build([SpecRow(2, [0, 1, 2, 3, 4], 1)], num_spec=4)
+    with pytest.raises(ShapeError, match=r"spec_state_indices is of 5 columns; it must be of at most 2"):
+        layer(torch.zeros(2, 64), batch, state)
+
+
+def test_a_decode_without_history_is_found() -> None:
+    layer = GatedDeltaNetAttention(config(head_k_dim=32, head_v_dim=32)).requires_grad_(False)
+    state = StatePool(layer.config, layers=1, slots=1).layer(0)
+    batch = replace(GatedDeltaNetBatch.build([Row(1, 0)]), has_initial_state=torch.tensor([False]))
+    with gd.checked(), pytest.raises(DataError, match="has_initial_state is False for a decode"):
+        layer(torch.zeros(1, 64), batch, state)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"dtype": torch.float64}, "it serves bfloat16 or float16 or float32, and this is float64"),
+        ({"head_k": 7}, "it serves head sizes 32, 64, 96, 128, 192, 256, and these are K=7, V=128"),
+    ],
+)
+def test_explain_knows_what_is_not_served(facts: dict[str, Any], reason: str) -> None:
+    found = gd.explain("gated_delta_rule_mtp", **facts)
+    assert (found.chosen, found.reasons) == (None, {"cpu": reason})
+
+
+def test_a_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "locked").write_text("x")
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(OptionError, match=r"locked \(Permission denied\); it must be a file that can be read"):
+        cli.score_command(tmp_path / "locked", "cpu")

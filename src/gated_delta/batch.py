@@ -51,7 +51,7 @@ class GatedDeltaNetBatch:
     num_spec_decode_tokens: int
     num_actual_tokens: int
     has_initial_state: Tensor | None = None
-    """bool ``[non-spec rows]``"""
+    """bool ``[non-spec rows]``; True for decodes, whose slots are always read"""
     non_spec_query_start_loc: Tensor | None = None
     """``[non-spec rows + 1]``"""
     non_spec_state_indices: Tensor | None = None

@@ -100,7 +100,7 @@ def _summary_table(summary: Summary, device: str) -> Table:
     table.add_row(
         "state",
         f"{summary.state_bytes:,} bytes of GDN state at any length; the KV cache of these layers would take "
-        f"{summary.replaced_kv_bytes:,} at {summary.prompt_tokens + summary.tokens} tokens",
+        f"{summary.replaced_kv_bytes:,} at {summary.prompt_tokens + summary.tokens - 1} tokens",
     )
     table.add_row("", f"{summary.kv_bytes:,} bytes of KV cache for the attention layers that the model keeps")
     return table
@@ -114,7 +114,10 @@ def score_command(
     """Bits per byte of a text file, with the state kept in fp32 and in bf16."""
     if not file.is_file():
         raise OptionError("score", "FILE", str(file), "an existing file")
-    text = file.read_bytes()
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise OptionError("score", "FILE", f"{file} ({error.strerror})", "a file that can be read") from error
     place = pick_device(device)
     model = load_model(place)
     steps = score_steps(text, model.config.max_positions)

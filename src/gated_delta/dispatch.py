@@ -9,12 +9,18 @@ from typing import NamedTuple
 import torch
 
 from gated_delta.errors import BackendError
+from gated_delta.validation.arguments import FLOATS, HEAD_SIZES, describe_dtypes
 
-OPERATORS = (
+RULES = (
     "chunk_gated_delta_rule",
     "gated_delta_rule_decode",
     "gated_delta_rule_decode_pretranspose",
     "gated_delta_rule_mtp",
+)
+"""Operators that evaluate the rule, and so have head sizes."""
+
+OPERATORS = (
+    *RULES,
     "causal_conv1d",
     "causal_conv1d_update",
     "rms_norm_gated",
@@ -41,10 +47,18 @@ class Backend:
 
 
 def _cpu_refuses(request: Request) -> str | None:
-    return None if request.device == "cpu" else f"it serves tensors on the CPU, and these are on {request.device}"
+    if request.device != "cpu":
+        return f"it serves tensors on the CPU, and these are on {request.device}"
+    if request.dtype not in FLOATS:
+        return f"it serves {describe_dtypes(FLOATS)}, and this is {describe_dtypes([request.dtype])}"
+    if request.operator in RULES and not {request.head_k, request.head_v} <= set(HEAD_SIZES):
+        sizes = ", ".join(map(str, HEAD_SIZES))
+        return f"it serves head sizes {sizes}, and these are K={request.head_k}, V={request.head_v}"
+    return None
 
 
-BACKENDS = (Backend("cpu", "chunked or token by token in torch, fp32 arithmetic", _cpu_refuses),)
+BACKENDS = (Backend("cpu", "plain torch, fp32 arithmetic", _cpu_refuses),)
+"""A backend's name is that of its module in :mod:`gated_delta.kernels`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,9 @@ class Explanation:
 
     def __str__(self) -> str:
         r = self.request
-        head = f"{r.operator}, {r.device}, {str(r.dtype).removeprefix('torch.')}, K={r.head_k}, V={r.head_v}"
+        head = f"{r.operator}, {r.device}, {describe_dtypes([r.dtype])}"
+        if r.operator in RULES:
+            head += f", K={r.head_k}, V={r.head_v}"
         lines = [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join([f"{head} -> {self.chosen or 'no backend'}", *lines])
 

@@ -13,9 +13,11 @@ from gated_delta.batch import GatedDeltaNetBatch
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d, causal_conv1d_update
 from gated_delta.decode import gated_delta_rule_decode_pretranspose
+from gated_delta.errors import ShapeError
 from gated_delta.norm import rms_norm_gated
 from gated_delta.prefill import chunk_gated_delta_rule
 from gated_delta.state import LayerState
+from gated_delta.validation import data
 from gated_delta.verify import gated_delta_rule_mtp
 
 
@@ -121,6 +123,8 @@ class GatedDeltaNetAttention(nn.Module):
         """Decodes, then prefills, each with the operator made for it; ``output`` is ``[tokens, HV, V]``."""
         assert batch.non_spec_query_start_loc is not None and batch.non_spec_state_indices is not None
         decodes, weight = batch.num_decodes, self.conv1d.weight[:, 0]
+        if data.is_checked():
+            data.decodes_have_history(batch.has_initial_state, decodes)
         slots, null = batch.non_spec_state_indices, state.null_slot
         if decodes:
             rows = slice(0, decodes)
@@ -166,6 +170,10 @@ class GatedDeltaNetAttention(nn.Module):
         """Speculative rows, ragged in their packed tokens and padded to ``num_spec + 1`` for the operator."""
         starts, slots, accepted = batch.spec_query_start_loc, batch.spec_state_indices, batch.num_accepted_tokens
         assert starts is not None and slots is not None and accepted is not None
+        most = state.conv.shape[-1] - self.config.conv_width + 2
+        if slots.shape[1] > most:
+            was, must = f"of {slots.shape[1]} columns", f"of at most {most}, as the pool's convolution window allows"
+            raise ShapeError("GatedDeltaNetAttention", "spec_state_indices", was, must)
         x = causal_conv1d_update(
             qkv, state.conv, self.conv1d.weight[:, 0], state_indices=slots[:, 0], num_accepted_tokens=accepted,
             cu_seqlens=starts, null_slot=state.null_slot,

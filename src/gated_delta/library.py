@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch.library import Library, register_fake
 
-_MODULES = {"cpu": "gated_delta.kernels.eager"}
-
 
 def slot_number(null_slot: int | None) -> int:
     """``null_slot`` as the operators take it: -1 when there is none, since negative slots are padding anyway."""
@@ -49,7 +47,7 @@ _SCHEMAS = {
 
 @cache
 def _implementation(operator: str, backend: str) -> Any:
-    return getattr(import_module(_MODULES[backend]), operator)
+    return getattr(import_module(f"gated_delta.kernels.{backend}"), operator)
 
 
 def _register(library: Library, operator: str, schema: str) -> Any:

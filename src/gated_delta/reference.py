@@ -23,7 +23,7 @@ from torch import Tensor
 L2_EPS = 1e-6
 CHUNK = 32
 """Tokens a chunk. Every product with the state costs the same at any chunk length, the triangles inside a chunk grow
-with it, and the state is rewritten once a chunk: 32 was the fastest of 16, 32 and 64 on a CPU (docs/performance.md).
+with it, and the state is rewritten once a chunk: 32 was never slower than 16 and 64 (docs/performance.md).
 It divides the contract's 64, so that checkpoints fall on chunk ends."""
 
 _PREPARED_ELEMENTS = 1 << 19
@@ -35,20 +35,23 @@ _PREPARED_ELEMENTS = 1 << 19
 
 def softplus(x: Tensor) -> Tensor:
     """``log(1 + e^x)`` without overflow, exact to rounding for every finite ``x``."""
-    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+    return 0.5 * x + 0.5 * x.abs() + torch.log1p(torch.exp(-x.abs()))  # not clamp: its gradient at 0 is 1
 
 
 def sigmoid(x: Tensor) -> Tensor:
     """``1 / (1 + e^-x)``. On a CPU torch's own rounds differently in vector bodies and tails, so that an element's bits
     would depend on where in its tensor it stands.
     """
-    return 1 / (1 + torch.exp(-x))
+    positive = x >= 0
+    small = torch.exp(torch.where(positive, -x, x))  # at most 1, so that neither it nor its gradient overflows
+    return torch.where(positive, 1 / (1 + small), small / (1 + small))
 
 
 def decay(A_log: Tensor, a: Tensor, dt_bias: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """``alpha = exp(-exp(A_log) softplus(a + dt_bias))``, shaped like ``a`` (``[..., HV]``)."""
-    rate = torch.exp(A_log.to(dtype)).clamp(max=torch.finfo(dtype).max)  # inf times a closed gate would be NaN
-    return torch.exp(-rate * softplus(a.to(dtype) + dt_bias.to(dtype)))
+    largest = torch.finfo(dtype).max  # infinity times a closed gate, or zero times an infinite one, would be NaN
+    rate = torch.exp(A_log.to(dtype)).clamp(max=largest)
+    return torch.exp(-rate * softplus((a.to(dtype) + dt_bias.to(dtype)).clamp(-largest, largest)))
 
 
 def write_strength(b: Tensor, *, allow_neg_eigval: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -221,6 +224,7 @@ class _Inputs(NamedTuple):
     beta: Tensor
     scale: float
     dtype: torch.dtype
+    prepare: torch.dtype
 
 
 class _Prepared(NamedTuple):
@@ -241,31 +245,31 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(inputs: _Inputs, tokens: Tensor, valid: Tensor) -> _Prepared:
-    q, k, v, alpha, beta, scale, dtype = inputs
+    q, k, v, alpha, beta, scale, dtype, prepare = inputs
     heads, size = alpha.shape[-1], tokens.shape[1]
 
-    def gather(x: Tensor) -> Tensor:
+    def gather(x: Tensor, to: torch.dtype) -> Tensor:
         rows = x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
-        return rows.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
+        return rows.transpose(1, 2).to(to, memory_format=torch.contiguous_format)
 
-    alpha = torch.where(valid[:, None], gather(alpha), 1.0)
-    beta = torch.where(valid[:, None], gather(beta), 0.0)
+    alpha = torch.where(valid[:, None], gather(alpha, prepare), 1.0)
+    beta = torch.where(valid[:, None], gather(beta, prepare), 0.0)
     # gamma[i, j] = alpha[j+1] ... alpha[i]: a running product, never a quotient of two, so exact zeros are harmless.
     causal = torch.ones(size, size, dtype=torch.bool, device=alpha.device).tril()
     gamma = torch.where(causal.tril(-1), alpha[..., None], 1.0).cumprod(dim=-2)
     decay_out = gamma[..., -1, :, None]
     gamma = torch.where(causal, gamma, 0.0)
-    k = gather(k)
-    qk = torch.cat((gather(q) * scale, k), dim=-2)
+    k = gather(k, prepare)
+    qk = torch.cat((gather(q, prepare) * scale, k), dim=-2)
     scores = _per_state_head(qk @ k.transpose(-1, -2), heads)
     lower = (scores[..., size:, :] * gamma * beta[..., None]).tril(-1)
     return _Prepared(
-        qk=qk,
-        v=gather(v),
-        solve=_unit_lower_inverse(lower) * beta[..., None, :],
-        attend=scores[..., :size, :] * gamma,
-        decay_in=alpha.cumprod(-1)[..., None],
-        decay_out=decay_out,
+        qk=qk.to(dtype),
+        v=gather(v, dtype),
+        solve=(_unit_lower_inverse(lower) * beta[..., None, :]).to(dtype),
+        attend=(scores[..., :size, :] * gamma).to(dtype),
+        decay_in=alpha.cumprod(-1)[..., None].to(dtype),
+        decay_out=decay_out.to(dtype),
     )
 
 
@@ -343,14 +347,16 @@ def chunked(
     chunk: int = CHUNK,
     out: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    prepare: torch.dtype | None = None,
 ) -> Chunked:
     """The rule by chunks, for packed sequences: q ``[L, HQ, K]``, k ``[L, HK, K]``, v ``[L, HV, V]``, alpha and beta
     ``[L, HS]``, initial state ``[N, HS, V, K]``; sequence i is the tokens ``spans[i]``, first to one past the last;
     ``checkpoint_every`` is 0 or a multiple of ``chunk``. The output goes to ``out``, rounded to its dtype, if that is
     given (tokens of no span stay as they are), else to zeros in ``dtype``.
 
-    The state before a chunk enters through two products; inside the chunk the updates u solve a unit lower
-    triangular system (docs/maths.md derives it).
+    The state before a chunk enters through two products; inside the chunk the updates u solve a unit lower triangular
+    system (docs/maths.md derives it). ``prepare`` is the precision in which that system is made and inverted, ``dtype``
+    when None: with similar keys and beta above 1 it is worth float64 (docs/numerics.md).
     """
     heads = alpha.shape[-1]
     if k.shape[-2] < q.shape[-2]:  # GQA: many q heads share k and v. (In GVA q and k go together already.)
@@ -360,7 +366,7 @@ def chunked(
     finished: list[Tensor] = []
     output = v.new_zeros(q.shape[0], heads, v.shape[-1], dtype=dtype) if out is None else out
     checkpoints: list[list[Tensor]] = [[] for _ in plan.order]
-    for i, step in enumerate(_steps(_Inputs(q, k, v, alpha, beta, scale, dtype), plan)):
+    for i, step in enumerate(_steps(_Inputs(q, k, v, alpha, beta, scale, dtype, prepare or dtype), plan)):
         width, done = plan.widths[i], (i + 1) * chunk
         finished.append(running[width:])
         rows, running = _scan_chunk(running[:width], step.prepared)

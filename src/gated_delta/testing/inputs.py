@@ -167,6 +167,12 @@ BLIND_SPOTS: dict[str, Callable[[], Inputs]] = {
     "similar keys, beta 1": lambda: _constant_beta(
         with_state(prefill_inputs([200], gates="weak", similar_keys=True)), 1.0
     ),
+    "similar keys, beta 2": lambda: _constant_beta(
+        with_state(prefill_inputs([400], gates="weak", similar_keys=True)), 2.0
+    ),
+    "similar keys, beta 2, fp32": lambda: _constant_beta(
+        with_state(prefill_inputs([400], gates="weak", similar_keys=True, dtype=torch.float32)), 2.0
+    ),
     "32k tokens, no decay": lambda: prefill_inputs([32768], hq=1, hk=1, hv=1, head_k=32, head_v=32, gates="none"),
     "32k tokens, weak decay": lambda: prefill_inputs([32768], hq=1, hk=1, hv=1, head_k=32, head_v=32, gates="weak"),
     "-20 nats a token": lambda: with_state(prefill_inputs([200], gates="strong")),

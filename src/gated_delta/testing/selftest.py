@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gated_delta as gd
-from gated_delta.batch import GatedDeltaNetBatch, Row
+from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.state import StatePool
@@ -110,8 +110,10 @@ def _conv(dtype: torch.dtype, width: int, device: str) -> list[Verdict]:
         oracle.conv(x, weight, bias, history, starts, "silu", dtype=t) for t in (torch.float32, torch.float64)
     )
     given = to_device({"x": x, "weight": weight, "bias": bias, "conv_states": states, "cu_seqlens": starts}, device)
+    kept = [torch.cat((h, x[a:b]))[1 - width :].T for h, a, b in zip(history, starts, starts[1:], strict=False)]
+    exact_states = torch.stack(kept).double()
     y = gd.causal_conv1d(**given, state_indices=None, has_initial_state=None)
-    return [judge("output", y, plain, exact)]
+    return [judge("output", y, plain, exact), judge("state", given["conv_states"], exact_states, exact_states)]
 
 
 def _conv_update(dtype: torch.dtype, device: str) -> list[Verdict]:
@@ -123,8 +125,10 @@ def _conv_update(dtype: torch.dtype, device: str) -> list[Verdict]:
         oracle.conv(x.flatten(0, 1), weight, None, history, starts, "silu", dtype=t).view(4, 3, 32)
         for t in (torch.float32, torch.float64)
     )
+    window = torch.cat((history[:, 1:], x), dim=1).transpose(1, 2).double()  # 5 columns, all that the states have
     given = to_device({"x": x, "conv_states": states, "weight": weight, "num_accepted_tokens": accepted}, device)
-    return [judge("output", gd.causal_conv1d_update(**given, state_indices=None), plain, exact)]
+    y = gd.causal_conv1d_update(**given, state_indices=None)
+    return [judge("output", y, plain, exact), judge("state", given["conv_states"], window, window)]
 
 
 def _norm(dtype: torch.dtype, activation: str, device: str) -> list[Verdict]:
@@ -137,9 +141,21 @@ def _norm(dtype: torch.dtype, activation: str, device: str) -> list[Verdict]:
     return [judge("output", y, *gated)]
 
 
+_LAYER_STEPS: dict[str, list[tuple[int, int, Row | SpecRow]]] = {
+    "prefill, decode": [
+        (0, 50, Row(50, 2, fresh=True)), (50, 77, Row(27, 2)), *((t, t + 1, Row(1, 2)) for t in range(77, 80)),
+    ],
+    "prefill, speculation": [
+        (0, 50, Row(50, 2, fresh=True)),
+        *((t, t + 3, SpecRow(3, [2, 0, 1], 1 if t == 50 else 2)) for t in range(50, 76, 2)),  # keeps 2 of 3 each time
+    ],
+}  # fmt: skip
+"""First and one past the last token of each step, and the row that it is."""
+
+
 @torch.no_grad()
-def _layer(projection: str, device: str) -> list[Verdict]:
-    """A prompt in two pieces, then three decodes, in a pool full of NaN."""
+def _layer(projection: str, steps: str, device: str) -> list[Verdict]:
+    """One sequence in the steps named, in a pool full of NaN."""
     torch.manual_seed(0)
     config = GatedDeltaNetConfig(
         hidden_size=64, num_k_heads=2, num_v_heads=4, head_k_dim=32, head_v_dim=64, projection=projection
@@ -148,15 +164,15 @@ def _layer(projection: str, device: str) -> list[Verdict]:
     plain = layer.evaluate(hidden, token_by_token=True)[0]
     exact = layer.double().evaluate(hidden.double(), token_by_token=True, dtype=torch.float64)[0]
     layer = layer.float().to(device)
-    state = StatePool(config, layers=1, slots=3, device=device).layer(0)
+    state = StatePool(config, layers=1, slots=3, num_spec=2, device=device).layer(0)
     state.conv.fill_(torch.nan)
     state.recurrent.fill_(torch.nan)
-    steps = [(0, 50, True), (50, 77, False), *((t, t + 1, False) for t in range(77, 80))]
-    output = torch.cat([
-        layer(hidden[0, a:b].to(device), GatedDeltaNetBatch.build([Row(b - a, 2, fresh)], device=device), state)
-        for a, b, fresh in steps
-    ])  # fmt: skip
-    return [judge("output", output, plain, exact)]
+    output = torch.full_like(hidden[0], torch.nan, device=device)
+    for first, last, row in _LAYER_STEPS[steps]:
+        batch = GatedDeltaNetBatch.build([row], num_spec=2, device=device)
+        output[first:last] = layer(hidden[0, first:last].to(device), batch, state)
+    done = _LAYER_STEPS[steps][-1][1]
+    return [judge("output", output[:done], plain[:done], exact[:done])]
 
 
 def _cases() -> list[Case]:
@@ -188,7 +204,9 @@ def _cases() -> list[Case]:
         for dtype in all_dtypes:
             cases.append(Case("causal_conv1d", f"{_name(dtype)}, W={width}", partial(_conv, dtype, width)))
     for projection in ("interleaved", "flat"):
-        cases.append(Case("GatedDeltaNetAttention", projection, partial(_layer, projection)))
+        for steps in _LAYER_STEPS:
+            case = partial(_layer, projection, steps)
+            cases.append(Case("GatedDeltaNetAttention", f"{projection}, {steps}", case))
     return cases
 
 

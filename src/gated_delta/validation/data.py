@@ -144,6 +144,13 @@ def gates(where: str, g: Tensor | None, g_space: str, beta: Tensor | None) -> No
         raise DataError(where, "beta", "not finite somewhere", "finite")
 
 
+def decodes_have_history(has_initial_state: Tensor | None, decodes: int) -> None:
+    """A one-token row that starts a sequence is a prefill: the one-token operators read whatever the slot holds."""
+    if has_initial_state is not None and not bool(has_initial_state[:decodes].all()):
+        must = "True for every decode (a fresh row is a prefill, of one token too)"
+        raise DataError("GatedDeltaNetAttention", "has_initial_state", "False for a decode", must)
+
+
 def checkpoint_rows(where: str, starts: Tensor, sequence_starts: Tensor, every: int, rows: int) -> None:
     needed = sequence_starts.diff().div(every, rounding_mode="floor").tolist()
     values = starts.tolist()

@@ -67,7 +67,7 @@ def prefill(
         output.zero_()
     result = reference.chunked(
         q, k, v, alpha, ones if beta is None else beta, scale, state, spans, checkpoint_every=checkpoint_every,
-        out=output,
+        out=output, prepare=torch.float64,
     )  # fmt: skip
     if final_state is not None:
         final_state[slots] = result.state.to(final_state.dtype)
@@ -181,9 +181,8 @@ def causal_conv1d_update(
     starts, ends = extended.starts[live], extended.starts[live + 1]
     first_kept = starts + 1 if num_accepted_tokens is not None else ends - past
     source = first_kept[:, None] + torch.arange(columns, device=x.device)
-    fresh = ((source < ends[:, None]) & (ends - starts > past)[:, None])[
-        ..., None
-    ]  # a row without tokens keeps its own
+    # A row without tokens keeps what it has.
+    fresh = ((source < ends[:, None]) & (ends - starts > past)[:, None])[..., None]
     window = torch.where(fresh, extended.rows[torch.minimum(source, ends[:, None] - 1)], window)
     conv_states[slots] = window.transpose(1, 2).to(conv_states.dtype)
 

@@ -7,6 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def slot_number(null_slot: int | None) -> int:
+    """``null_slot`` as the backends take it: -1 when there is none, since negative slots are padding anyway."""
+    return -1 if null_slot is None else null_slot
+
+
 class PrefillCall(NamedTuple):
     """Arguments of ``chunk_gated_delta_rule``, by their public names."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gated_delta.errors import OptionError
-from gated_delta.validation.arguments import HEAD_SIZES
+from gated_delta.validation.arguments import HEAD_SIZES, LISTED_HEAD_SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class GatedDeltaNetConfig:
                 raise OptionError("GatedDeltaNetConfig", name, getattr(self, name), "at least 1")
         for name in ("head_k_dim", "head_v_dim"):
             if getattr(self, name) not in HEAD_SIZES:
-                must = f"one of {', '.join(map(str, HEAD_SIZES))}"
+                must = f"one of {LISTED_HEAD_SIZES}"
                 raise OptionError("GatedDeltaNetConfig", name, getattr(self, name), must)
         if not 2 <= self.conv_width <= 5:
             raise OptionError("GatedDeltaNetConfig", "conv_width", self.conv_width, "2 to 5")

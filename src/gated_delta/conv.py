@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gated_delta import dispatch, library
+from gated_delta.calls import slot_number
 from gated_delta.validation import data, operators
 
 
@@ -54,7 +55,7 @@ def causal_conv1d(
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     library.causal_conv1d(
         x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation is not None,
-        library.slot_number(null_slot), output, backend,
+        slot_number(null_slot), output, backend,
     )  # fmt: skip
     return output
 
@@ -110,6 +111,6 @@ def causal_conv1d_update(
         cu_seqlens = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32) * tokens
     library.causal_conv1d_update(
         x.reshape(-1, x.shape[-1]), conv_states, weight, bias, activation is not None, state_indices,
-        num_accepted_tokens, cu_seqlens, library.slot_number(null_slot), output.view(-1, x.shape[-1]), backend,
+        num_accepted_tokens, cu_seqlens, slot_number(null_slot), output.view(-1, x.shape[-1]), backend,
     )  # fmt: skip
     return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gated_delta import dispatch, library, reference
-from gated_delta.calls import RecurrentCall
+from gated_delta.calls import RecurrentCall, slot_number
 from gated_delta.validation import data, operators
 from gated_delta.validation.arguments import Arguments
 
@@ -116,7 +116,7 @@ def run_recurrent(call: RecurrentCall, args: Arguments) -> Tensor:
     library.recurrent(
         call.q, call.k, call.v, call.state, call.state_v_first, call.A_log, call.a, call.dt_bias, call.b,
         reference.resolve_scale(call.scale, request.head_k), call.use_qk_l2norm, call.allow_neg_eigval,
-        call.read_slots, library.slot_number(call.null_slot),
+        call.read_slots, slot_number(call.null_slot),
         call.update and (call.token_slots is None or call.write_slots is not None),
         call.write_slots, call.token_slots, call.snapshots, output, call.output is None, backend,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from gated_delta.errors import BackendError
-from gated_delta.validation.arguments import FLOATS, HEAD_SIZES, describe_dtypes
+from gated_delta.validation.arguments import FLOATS, HEAD_SIZES, LISTED_HEAD_SIZES, describe_dtypes
 
 RULES = (
     "chunk_gated_delta_rule",
@@ -52,8 +52,7 @@ def _cpu_refuses(request: Request) -> str | None:
     if request.dtype not in FLOATS:
         return f"it serves {describe_dtypes(FLOATS)}, and this is {describe_dtypes([request.dtype])}"
     if request.operator in RULES and not {request.head_k, request.head_v} <= set(HEAD_SIZES):
-        sizes = ", ".join(map(str, HEAD_SIZES))
-        return f"it serves head sizes {sizes}, and these are K={request.head_k}, V={request.head_v}"
+        return f"it serves head sizes {LISTED_HEAD_SIZES}, and these are K={request.head_k}, V={request.head_v}"
     return None
 
 

@@ -14,12 +14,6 @@ from typing import Any
 import torch
 from torch.library import Library, register_fake
 
-
-def slot_number(null_slot: int | None) -> int:
-    """``null_slot`` as the operators take it: -1 when there is none, since negative slots are padding anyway."""
-    return -1 if null_slot is None else null_slot
-
-
 _SCHEMAS = {
     "prefill": (
         "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, Tensor cu_seqlens, "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gated_delta import dispatch, library, reference
-from gated_delta.calls import PrefillCall
+from gated_delta.calls import PrefillCall, slot_number
 from gated_delta.validation import data, operators
 
 
@@ -81,7 +81,7 @@ def _run(call: PrefillCall) -> Tensor | tuple[Tensor, Tensor]:
     library.prefill(
         q, call.k, call.v, call.g, call.beta, reference.resolve_scale(call.scale, sizes["K"]), call.cu_seqlens,
         None if in_place else call.initial_state, call.has_initial_state, call.state_indices,
-        library.slot_number(call.null_slot), in_place, call.use_qk_l2norm_in_kernel,
+        slot_number(call.null_slot), in_place, call.use_qk_l2norm_in_kernel,
         call.g_space == "log", output, call.output is None, final, call.state_checkpoints, call.checkpoint_cu_starts,
         call.checkpoint_every_n_tokens, backend,
     )  # fmt: skip

@@ -126,9 +126,9 @@ def causal_conv1d(extended: Extended, weight: Tensor, bias: Tensor | None, activ
 # --- the rule, token by token -----------------------------------------------------------------------------------------
 
 
-def expand_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat the heads of ``x [..., H, D]`` so that head ``i`` of the result is head ``i // (heads // H)`` of x."""
-    return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], dim=-2)
+def expand_heads(x: Tensor, heads: int, dim: int = -2) -> Tensor:
+    """Repeat the heads of x along ``dim``, so that head ``i`` of the result is head ``i // (heads // H)`` of x."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim=dim)
 
 
 def recurrent(
@@ -261,7 +261,7 @@ def _prepare(inputs: _Inputs, tokens: Tensor, valid: Tensor) -> _Prepared:
     gamma = torch.where(causal, gamma, 0.0)
     k = gather(k, prepare)
     qk = torch.cat((gather(q, prepare) * scale, k), dim=-2)
-    scores = _per_state_head(qk @ k.transpose(-1, -2), heads)
+    scores = expand_heads(qk @ k.transpose(-1, -2), heads, dim=1)
     lower = (scores[..., size:, :] * gamma * beta[..., None]).tril(-1)
     return _Prepared(
         qk=qk.to(dtype),
@@ -273,11 +273,6 @@ def _prepare(inputs: _Inputs, tokens: Tensor, valid: Tensor) -> _Prepared:
     )
 
 
-def _per_state_head(x: Tensor, heads: int) -> Tensor:
-    """``[m, HK, ...]`` -> ``[m, HS, ...]``"""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
 def _plus_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``c + a @ b``, batched over the first two dimensions, in c's memory: c must be fresh."""
     return c.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1)).view_as(c)
@@ -286,7 +281,7 @@ def _plus_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _scan_chunk(state: Tensor, chunk: _Prepared) -> tuple[Tensor, Tensor]:
     """One chunk of every running sequence: state ``[n, HS, K, V]`` -> output ``[n, HS, C, V]`` and the next state."""
     size = chunk.v.shape[-2]
-    qk = _per_state_head(chunk.qk, state.shape[1])
+    qk = expand_heads(chunk.qk, state.shape[1], dim=1)
     read = qk @ state
     u = chunk.solve @ (chunk.v - chunk.decay_in * read[..., size:, :])
     output = _plus_product(chunk.decay_in * read[..., :size, :], chunk.attend, u)

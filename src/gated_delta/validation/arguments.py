@@ -14,6 +14,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
 LARGEST = torch.finfo(torch.float64).max
 HEAD_SIZES = (32, 64, 96, 128, 192, 256)
+LISTED_HEAD_SIZES = ", ".join(map(str, HEAD_SIZES))
 
 
 def describe_dtypes(dtypes: Collection[torch.dtype]) -> str:
@@ -93,7 +94,7 @@ class Arguments:
     def head_sizes(self) -> None:
         for name in ("K", "V"):
             if self.sizes[name] not in HEAD_SIZES:
-                must = f"one of {', '.join(map(str, HEAD_SIZES))}"
+                must = f"one of {LISTED_HEAD_SIZES}"
                 raise ShapeError(self.where, f"head size {name} (from {self.bound_by[name]})", self.sizes[name], must)
 
     def number(self, name: str, value: Any) -> None:

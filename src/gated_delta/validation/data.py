@@ -11,7 +11,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from gated_delta.calls import PrefillCall, RecurrentCall
+from gated_delta.calls import PrefillCall, RecurrentCall, slot_number
 from gated_delta.errors import DataError
 
 _checked: ContextVar[bool] = ContextVar("gated_delta_checked", default=os.environ.get("GATED_DELTA_CHECK", "0") == "1")
@@ -60,7 +60,7 @@ def recurrent(call: RecurrentCall) -> None:
     slots(call.where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
     live: slice | Tensor = slice(None)
     if call.read_slots is not None:
-        live = (call.read_slots >= 0) & (call.read_slots != _none(call.null_slot))
+        live = (call.read_slots >= 0) & (call.read_slots != slot_number(call.null_slot))
     write_slots = None if call.write_slots is None else call.write_slots[live]
     token_slots = None if call.token_slots is None else call.token_slots[live]
     if call.update and write_slots is not None:
@@ -84,17 +84,13 @@ def _races(call: RecurrentCall, write_slots: Tensor | None, token_slots: Tensor 
     writer: dict[int, int] = {}
     for row, own in enumerate(writes):
         for slot in own:
-            if slot >= 0 and slot != _none(call.null_slot) and writer.setdefault(slot, row) != row:
+            if slot >= 0 and slot != slot_number(call.null_slot) and writer.setdefault(slot, row) != row:
                 must = "written by one row only"
                 raise DataError(call.where, "a slot", f"{slot}, written by rows {writer[slot]} and {row}", must)
     for row, slot in enumerate(reads):
         if writer.get(slot, row) != row:
             was = f"{slot}, read by row {row} and written by row {writer[slot]}"
             raise DataError(call.where, "a slot", was, "written by no other row than the one that reads it")
-
-
-def _none(null_slot: int | None) -> int:
-    return -1 if null_slot is None else null_slot
 
 
 def cu_seqlens(where: str, starts: Tensor, total: int, max_seqlen: int | None = None) -> None:
@@ -114,7 +110,7 @@ def slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, nu
     """Slots to read: below the size of the pool. (Negative ones and ``null_slot`` are padding.)"""
     if indices is None or pool is None:
         return
-    beyond = indices[(indices >= pool.shape[0]) & (indices != _none(null_slot))]
+    beyond = indices[(indices >= pool.shape[0]) & (indices != slot_number(null_slot))]
     if beyond.numel():
         raise DataError(where, name, f"{int(beyond[0])} somewhere", f"below {pool.shape[0]}, the slots of the pool")
 
@@ -124,7 +120,7 @@ def written_slots(where: str, name: str, indices: Tensor | None, pool: Tensor | 
     slots(where, name, indices, pool, null_slot)
     if indices is None:
         return
-    live = indices[(indices >= 0) & (indices != _none(null_slot))].flatten()
+    live = indices[(indices >= 0) & (indices != slot_number(null_slot))].flatten()
     values, counts = live.unique(return_counts=True)
     if (counts > 1).any():
         slot = int(values[counts > 1][0])
@@ -175,7 +171,7 @@ def accepted(
         return
     most = columns - width + 2
     if state_indices is not None:
-        live = (state_indices >= 0) & (state_indices != _none(null_slot))
+        live = (state_indices >= 0) & (state_indices != slot_number(null_slot))
         counts, lengths = counts[live], None if lengths is None else lengths[live]
     if counts.numel():
         low, high = int(counts.min()), int(counts.max())

@@ -1,11 +1,19 @@
-"""For the whole suite: one torch thread (workers share the cores), and fresh memory that is poisoned."""
+"""For the whole suite: one torch thread (workers share the cores), fresh memory that is poisoned, and Triton kernels
+on a GPU where there is one, in Triton's interpreter where there is none.
+"""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    import interpreter
+
+    interpreter.install()
 
 
 @pytest.fixture(autouse=True)

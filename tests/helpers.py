@@ -15,6 +15,8 @@ from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs
 
 Result = TypeVar("Result")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where Triton kernels are tested; on a CPU they run in Triton's interpreter."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PER_TOKEN = ("q", "k", "v", "g", "beta")
 PER_ROW = ("q", "k", "v", "a", "b", "state")

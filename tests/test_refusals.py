@@ -236,7 +236,7 @@ def test_a_decode_without_history_is_found() -> None:
 )
 def test_explain_knows_what_is_not_served(facts: dict[str, Any], reason: str) -> None:
     found = gd.explain("gated_delta_rule_mtp", **facts)
-    assert (found.chosen, found.reasons) == (None, {"cpu": reason})
+    assert (found.chosen, found.reasons) == (None, {"cpu": reason, "triton": reason})
 
 
 def test_a_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

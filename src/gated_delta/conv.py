@@ -106,11 +106,8 @@ def causal_conv1d_update(
             args.where, num_accepted_tokens, lengths, conv_states.shape[-1], weight.shape[1], state_indices, null_slot
         )
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if cu_seqlens is None:
-        tokens = args.sizes.get("T", 1)
-        cu_seqlens = torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32) * tokens
     library.causal_conv1d_update(
-        x.reshape(-1, x.shape[-1]), conv_states, weight, bias, activation is not None, state_indices,
-        num_accepted_tokens, cu_seqlens, slot_number(null_slot), output.view(-1, x.shape[-1]), backend,
+        x, conv_states, weight, bias, activation is not None, state_indices, num_accepted_tokens, cu_seqlens,
+        slot_number(null_slot), output, backend,
     )  # fmt: skip
     return output

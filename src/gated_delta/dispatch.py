@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,6 +51,11 @@ class Backend:
 def _cpu_refuses(request: Request) -> str | None:
     if request.device != "cpu":
         return f"it serves tensors on the CPU, and these are on {request.device}"
+    return _shape_refused(request)
+
+
+def _shape_refused(request: Request) -> str | None:
+    """What no backend serves."""
     if request.dtype not in FLOATS:
         return f"it serves {describe_dtypes(FLOATS)}, and this is {describe_dtypes([request.dtype])}"
     if request.operator in RULES and not {request.head_k, request.head_v} <= set(HEAD_SIZES):
@@ -56,7 +63,19 @@ def _cpu_refuses(request: Request) -> str | None:
     return None
 
 
-BACKENDS = (Backend("cpu", "plain torch, fp32 arithmetic", _cpu_refuses),)
+def _triton_refuses(request: Request) -> str | None:
+    interpreted = request.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if request.device != "cuda" and not interpreted:
+        return f"it serves tensors on a GPU, and these are on {request.device}"
+    if importlib.util.find_spec("triton") is None:
+        return "it needs the package triton, which is not installed"
+    return _shape_refused(request)
+
+
+BACKENDS = (
+    Backend("cpu", "plain torch, fp32 arithmetic", _cpu_refuses),
+    Backend("triton", "Triton kernels for any GPU", _triton_refuses),
+)
 """A backend's name is that of its module in :mod:`gated_delta.kernels`."""
 
 

@@ -33,7 +33,7 @@ _SCHEMAS = {
     ),
     "causal_conv1d_update": (
         "Tensor x, Tensor(a!) conv_states, Tensor weight, Tensor? bias, bool activate, Tensor? state_indices, "
-        "Tensor? num_accepted_tokens, Tensor cu_seqlens, int null_slot, Tensor(b!) output"
+        "Tensor? num_accepted_tokens, Tensor? cu_seqlens, int null_slot, Tensor(b!) output"
     ),
     "rms_norm_gated": "Tensor x, Tensor z, Tensor weight, float eps, str activation, Tensor(a!) output",
 }
@@ -42,6 +42,11 @@ _SCHEMAS = {
 @cache
 def _implementation(operator: str, backend: str) -> Any:
     return getattr(import_module(f"gated_delta.kernels.{backend}"), operator)
+
+
+def bound_recurrent(backend: str, *args: Any) -> Any:
+    """A launch of :data:`recurrent` with these arguments that takes only its tensors' pointers."""
+    return _implementation("bound_recurrent", backend)(*args)
 
 
 def _register(library: Library, operator: str, schema: str) -> Any:

@@ -142,13 +142,20 @@ def recurrent(
     *,
     keep_every: int = 0,
     dtype: torch.dtype = torch.float32,
+    operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The rule token by token: q ``[B, T, HQ, K]``, k ``[B, T, HK, K]``, v ``[B, T, HV, V]``, alpha and beta
     ``[B, T, HS]``, state ``[B, HS, V, K]``.
 
+    ``operands``: where the state and u enter a product they are rounded to this dtype, as tensor cores need them.
+
     Returns the output ``[B, T, HS, V]``, the final state, and the states after every ``keep_every`` tokens (none for
     0).
     """
+
+    def operand(x: Tensor) -> Tensor:
+        return x if operands is None else x.to(operands).to(dtype)
+
     heads = alpha.shape[-1]
     q, k, v = (expand_heads(x.to(dtype), heads) for x in (q, k, v))
     alpha, beta, state = alpha.to(dtype), beta.to(dtype), state.to(dtype)
@@ -156,9 +163,9 @@ def recurrent(
     for t in range(q.shape[1]):
         state = state * alpha[:, t, :, None, None]
         # A sum over the last dimension gives a row the same bits in any batch; a batched product need not.
-        u = beta[:, t, :, None] * (v[:, t] - (state * k[:, t, :, None]).sum(-1))
-        state = state + u[..., :, None] * k[:, t, :, None, :]
-        outputs.append(scale * (state * q[:, t, :, None]).sum(-1)[:, None])
+        u = beta[:, t, :, None] * (v[:, t] - (operand(state) * k[:, t, :, None]).sum(-1))
+        state = state + operand(u)[..., :, None] * k[:, t, :, None, :]
+        outputs.append(scale * (operand(state) * q[:, t, :, None]).sum(-1)[:, None])
         if keep_every and (t + 1) % keep_every == 0:
             kept.append(state)
     return torch.cat(outputs, dim=1), state, kept

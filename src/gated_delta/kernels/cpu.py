@@ -161,10 +161,14 @@ def causal_conv1d_update(
     activate: bool,
     state_indices: Tensor | None,
     num_accepted_tokens: Tensor | None,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
     null_slot: int,
     output: Tensor,
 ) -> None:
+    if cu_seqlens is None:
+        steps = 1 if x.dim() == 2 else x.shape[1]
+        cu_seqlens = torch.arange(len(x) + 1, device=x.device) * steps
+        x, output = x.reshape(-1, x.shape[-1]), output.view(-1, x.shape[-1])
     rows, past, columns = len(cu_seqlens) - 1, weight.shape[1] - 1, conv_states.shape[-1]
     x, output = _packed(x, output, cu_seqlens)
     live = _live(state_indices, null_slot, rows, x.device)

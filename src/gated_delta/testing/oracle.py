@@ -37,9 +37,11 @@ def prefill(
     g_space: str = "linear",
     checkpoint_every_n_tokens: int = 0,
     dtype: torch.dtype = torch.float64,
+    operands: torch.dtype | None = None,
 ) -> Evaluation:
     """``chunk_gated_delta_rule`` on packed sequences. In fp32 (the plain evaluation) normalised q and k are rounded
-    to the activation dtype, which is where a tensor-core kernel must hold them.
+    to the activation dtype, which is where a tensor-core kernel must hold them; with ``operands`` what enters a
+    product otherwise (the state, u) is rounded to that dtype, too.
     """
     stored = q.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -60,7 +62,7 @@ def prefill(
         own = slice(start, end)
         output, final, checkpoints = reference.recurrent(
             q[None, own], k[None, own], v[None, own], alpha[None, own], beta[None, own], factor, state[None],
-            keep_every=checkpoint_every_n_tokens, dtype=dtype,
+            keep_every=checkpoint_every_n_tokens, dtype=dtype, operands=operands,
         )  # fmt: skip
         outputs.append(output[0])
         states.append(final[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,11 +39,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _evaluations(inputs: Inputs, device: str, **options: Any) -> tuple[oracle.Evaluation, oracle.Evaluation]:
+    """The plain and the exact one; GPUs multiply in tensor cores, and so in the dtype of the activations."""
+    operands = None if device == "cpu" else inputs["q"].dtype
+    plain = oracle.prefill(**inputs, **options, dtype=torch.float32, operands=operands)
+    return plain, oracle.prefill(**inputs, **options)
+
+
 def _prefill(make: Callable[[], Inputs], device: str) -> list[Verdict]:
     inputs = make()
     given = to_device(inputs, device)
     output, final = gd.chunk_gated_delta_rule(**given, output_final_state=True)
-    plain, exact = (oracle.prefill(**inputs, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = _evaluations(inputs, device)
     return [
         judge("output", output, plain.output, exact.output),
         judge("state", final, plain.state, exact.state),
@@ -57,10 +64,7 @@ def _checkpoints(device: str) -> list[Verdict]:
     gd.chunk_gated_delta_rule(
         **to_device(inputs, device), state_checkpoints=stored, checkpoint_cu_starts=starts, checkpoint_every_n_tokens=64
     )
-    plain, exact = (
-        torch.stack(oracle.prefill(**inputs, checkpoint_every_n_tokens=64, dtype=dtype).kept)
-        for dtype in (torch.float32, torch.float64)
-    )
+    plain, exact = (torch.stack(found.kept) for found in _evaluations(inputs, device, checkpoint_every_n_tokens=64))
     return [judge("checkpoints", stored, plain, exact)]
 
 

@@ -1,0 +1,11 @@
+"""The Triton backend: every operator on any GPU that Triton serves.
+
+Signatures are those of :mod:`gated_delta.library`.
+"""
+
+from gated_delta.kernels.triton.conv import causal_conv1d, causal_conv1d_update
+from gated_delta.kernels.triton.norm import rms_norm_gated
+from gated_delta.kernels.triton.prefill import prefill
+from gated_delta.kernels.triton.recurrent import bound_recurrent, recurrent
+
+__all__ = ["bound_recurrent", "causal_conv1d", "causal_conv1d_update", "prefill", "recurrent", "rms_norm_gated"]

@@ -1,0 +1,94 @@
+"""Launching kernels with little work on the host.
+
+``kernel[grid](...)`` sorts a call's arguments anew each time, which costs more than a decode step takes. :func:`bind`
+does it once for all calls that Triton would serve with one compiled kernel, and what it returns needs their pointers
+alone. It calls the compiled kernel as ``JITFunction.run`` does (unchanged from Triton 3.6 to 3.9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime.interpreter import InterpretedFunction
+
+Start = Callable[..., None]
+"""Runs a bound kernel on the current stream of its device; takes what is not bound, pointers as numbers."""
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+
+
+def bind(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: Sequence[Any],
+    constants: dict[str, Any],
+    *,
+    warps: int,
+    stages: int = 1,
+    bound: int = 0,
+) -> Start:
+    """Compile ``kernel`` for such arguments, or take what was compiled (in this process, or in Triton's disk cache).
+
+    Args:
+        args: tensors, numbers and None, in the order of the kernel's parameters; the first is a tensor.
+        constants: its ``tl.constexpr`` parameters, which come after ``args``.
+        bound: how many of ``args``, from the end, keep their values.
+    """
+    rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    device = args[0].get_device()
+    key = (kernel.fn, device, warps, stages, rest, *map(_trait, args))
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        with torch.cuda.device(device):
+            compiled = kernel.warmup(*args, *rest, grid=grid, num_warps=warps, num_stages=stages)
+        _COMPILED[key] = compiled
+    return _start(compiled, (*grid, 1, 1)[:3], (*args[len(args) - bound :], *rest), device)
+
+
+def _start(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...], device: int) -> Start:
+    run, function, packed, runtime = compiled.run, compiled.function, compiled.packed_metadata, knobs.runtime
+    current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+
+    def start(*args: object) -> None:
+        if current_device() != device:
+            with torch.cuda.device(device):
+                start(*args)
+            return
+        stream, enter, leave = current_stream(device), runtime.launch_enter_hook, runtime.launch_exit_hook
+        if not enter.calls and not leave.calls:  # nobody profiles
+            run(*grid, stream, function, packed, None, None, None, *args, *rest)
+            return
+        metadata = compiled.launch_metadata(grid, stream, *args, *rest)
+        run(*grid, stream, function, packed, metadata, enter, leave, *args, *rest)
+
+    return start
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], *, warps: int, stages: int = 1
+) -> None:
+    """Run ``kernel`` on the current stream of the device of its first argument; arguments as for :func:`bind`."""
+    if isinstance(kernel, InterpretedFunction):
+        kernel[grid](*args, **constants)
+        return
+    start = bind(kernel, grid, args, constants, warps=warps, stages=stages)
+    start(*(x.data_ptr() if isinstance(x, Tensor) else x for x in args))
+
+
+def _trait(x: Tensor | float | None) -> object:
+    """What Triton compiles for: a tensor's dtype and whether it begins at a multiple of 16 bytes; a number's type and
+    size, whether it is 1, whether 16 divides it.
+    """
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if x is None or isinstance(x, float):
+        return type(x)
+    return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
+
+
+def strides(x: Tensor | None, *dims: int) -> tuple[int, ...]:
+    """Strides of x along ``dims``, zeros without it."""
+    return tuple(x.stride(dim) for dim in dims) if x is not None else (0,) * len(dims)

@@ -1,0 +1,130 @@
+"""Prefill on a GPU: which kernels, which tiles. Grids and memory follow from shapes alone, for CUDA graphs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gated_delta.kernels.triton.launch import launch, strides
+from gated_delta.kernels.triton.prefill_chain import chain
+from gated_delta.kernels.triton.prefill_prepare import CHUNK, VECTORS, prepare
+from gated_delta.kernels.triton.prefill_tokens import by_tokens
+
+
+class Tiles(NamedTuple):
+    """How a kernel is run."""
+
+    columns: int
+    """Chunks: columns of q and k at a time. Scans: columns of the state that a program keeps."""
+    warps: int
+    stages: int
+    """Iterations whose loads are under way, and that many again less one."""
+
+
+PREPARE = Tiles(32, 2, 2)
+TOKENS = Tiles(8, 1, 4)
+"""The same for any batch: sums over K take the order that the tile gives them."""
+
+
+def chain_tiles(head_k: int, head_v: int, states: int, shared: int, processors: int) -> Tiles:
+    """Tiles of the scan of ``states`` states on a device with so many bytes of shared memory for a program: as narrow
+    as a single wave of programs allows, for a narrow chunk is done sooner; wide where states fill all processors.
+    """
+    keys = triton.next_power_of_2(head_k)
+    fits = [columns for columns in (16, 32, 64) if states * -(-head_v // columns) <= processors]
+    columns = 32 if head_v <= 32 or keys > 128 else min(fits, default=64)
+    for stages in (3, 2, 1):
+        left = 2 * (3 * CHUNK * keys + CHUNK * CHUNK)  # q, k, X and P' of a chunk
+        right = 2 * CHUNK * columns + 8 * CHUNK + 4  # v and factors
+        if stages * left + (stages - 1) * right + 2 * keys * columns <= shared:
+            break
+    return Tiles(columns, 8 if keys > 128 else 4, stages)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take, beyond measure in Triton's interpreter."""
+    if device.type != "cuda":
+        return 1 << 30
+    utils: Any = triton.runtime.driver.active.utils  # pyright: ignore[reportAttributeAccessIssue]
+    return utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    has_initial_state: Tensor | None,
+    state_indices: Tensor | None,
+    null_slot: int,
+    in_place: bool,
+    use_qk_l2norm: bool,
+    log_gates: bool,
+    output: Tensor,
+    zero_padding: bool,
+    final_state: Tensor | None,
+    checkpoints: Tensor | None,
+    checkpoint_starts: Tensor | None,
+    checkpoint_every: int,
+) -> None:
+    (total, heads, head_v), head_k, count = output.shape, q.shape[2], cu_seqlens.shape[0] - 1
+    source = final_state if in_place else initial_state
+    gates = {"NORM": use_qk_l2norm, "LOG": log_gates}
+    ratios = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
+    before: tuple[Tensor | None, ...]
+    if q.dtype == torch.float32:
+        kernel, tiles, before, behind = by_tokens, TOKENS, (g, beta), (*strides(g, 0), *strides(beta, 0))
+    else:
+        limits = _shared_memory(q.device), _processors(q.device)
+        kernel, tiles, behind = chain, chain_tiles(head_k, head_v, count * heads, *limits), ()
+        before, gates = _prepared(q, k, g, beta, cu_seqlens, state_indices, null_slot, ratios, gates), {}
+    args = (
+        q, k, v, *before, cu_seqlens, state_indices, source, has_initial_state, final_state, checkpoints,
+        checkpoint_starts, output, scale, null_slot, total, count, checkpoint_every,
+        *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1), *strides(output, 0, 1),
+        *strides(cu_seqlens, 0), *strides(state_indices, 0), *strides(has_initial_state, 0),
+        *strides(checkpoint_starts, 0), *strides(source, 0, 1, 2), *strides(final_state, 0, 1, 2),
+        *strides(checkpoints, 0, 1, 2), *behind,
+    )  # fmt: skip
+    constants = {
+        **ratios, "RV": heads // v.shape[1], "K": head_k, "V": head_v, "BK": triton.next_power_of_2(head_k),
+        "BV": tiles.columns, "STAGES": tiles.stages, "ZERO_PADDING": zero_padding, **gates,
+    }  # fmt: skip
+    # Where padding is to be zero, one more sequence: the tokens behind the last.
+    grid = (-(-head_v // tiles.columns), heads, count + zero_padding)
+    if grid[2] > 0:
+        launch(kernel, grid, args, constants, warps=tiles.warps, stages=tiles.stages)
+
+
+def _prepared(
+    q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, cu_seqlens: Tensor, state_indices: Tensor | None,
+    null_slot: int, ratios: dict[str, int], gates: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What every chunk does: X^T and P', and their vectors."""
+    count, (total, _, head_k), heads = cu_seqlens.shape[0] - 1, q.shape, q.shape[1] * ratios["RQ"]
+    slots = total // CHUNK + count
+    work = q.new_empty(slots, heads, head_k + CHUNK, CHUNK)
+    vectors = q.new_empty(slots, heads, VECTORS, dtype=torch.float32)
+    args = (
+        q, k, g, beta, cu_seqlens, state_indices, work, vectors, null_slot, count, head_k,
+        *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0), *strides(beta, 0), *strides(cu_seqlens, 0),
+        *strides(state_indices, 0),
+    )  # fmt: skip
+    constants = {**ratios, "BC": PREPARE.columns, "STAGES": PREPARE.stages, **gates}
+    if count > 0:
+        launch(prepare, (slots, heads), args, constants, warps=PREPARE.warps, stages=PREPARE.stages)
+    return work, vectors

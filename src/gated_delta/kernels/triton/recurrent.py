@@ -1,0 +1,148 @@
+"""Decode and several tokens: which kernel and which tile serve a call.
+
+The tiles were measured on an H200 at K = V = 128 (docs/performance.md), by the size of the call in heads (rows times
+HV) and the bytes of a number of the state. Other head sizes use the same ones. Where the size of the call chooses
+among tiles, they sum over K in the same order, so that a row's bits do not depend on the batch: the same lanes share a
+row of the state, and ``columns`` depends on the dtype alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+from gated_delta.kernels.triton.launch import Start, bind, launch, strides
+from gated_delta.kernels.triton.tokens import tokens
+from gated_delta.kernels.triton.verify import verify
+
+MOST_AT_ONCE = 16
+"""Tokens that :func:`verify` takes; calls of more go token by token."""
+CACHED_BYTES = 2**28
+"""States of fewer bytes are marked to leave the L2 first: it keeps weights and activations, and writes back earlier."""
+
+
+class Tile(NamedTuple):
+    """What a program owns and how it reads it."""
+
+    values: int
+    warps: int
+    columns: int = 0
+    """:func:`verify`: columns of the state that it multiplies at a time,"""
+    stages: int = 0
+    """so many of them on their way, and"""
+    written: int = 0
+    """columns that it updates at a time."""
+
+
+def _token_tile(heads: int, width: int, v_first: bool) -> Tile:
+    if not v_first:
+        return Tile(64, 2) if width == 4 else Tile(32, 1)
+    if width == 4 or heads <= 64:
+        return Tile(4, 1)
+    return Tile(16, 1) if heads <= 1024 else Tile(8, 1)
+
+
+def _verify_tile(heads: int, width: int, update: bool, kept: bool) -> Tile:
+    columns = 32 if width == 4 else 64
+    if heads <= 64 or kept:
+        return Tile(16, 1, columns, 3, 128)
+    if update:
+        return Tile(32, 1, columns, 3, 64)
+    return Tile(32, 2, columns, 3, 32) if width == 4 and heads <= 1024 else Tile(64, 2, columns, 3, 32)
+
+
+def _choice(
+    heads: int, steps: int, head_k: int, state: Tensor, v_first: bool, update: bool, kept: bool
+) -> tuple[Any, Tile, dict[str, int]]:
+    """Kernel, tile, and the constants that only this kernel has."""
+    width = state.element_size()
+    # States of 4 bytes a number that are kept after every token keep the memory busy in either kernel, and going
+    # token by token writes them in longer pieces.
+    if not v_first or steps == 1 or steps > MOST_AT_ONCE or (kept and width == 4):
+        constants = {"SINGLE": steps == 1, "BK": triton.next_power_of_2(head_k), "V_FIRST": v_first}
+        return tokens, _token_tile(heads, width, v_first), constants
+    tile = _verify_tile(heads, width, update, kept)
+    constants = {
+        "T": steps, "BT": 8 if steps <= 8 else 16, "STAGES": tile.stages, "KC": _divisor(head_k, tile.columns),
+        "KW": _divisor(head_k, tile.written),
+    }  # fmt: skip
+    return verify, tile, constants
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest power of two up to ``most`` that divides ``size``."""
+    return min(most, size & -size)
+
+
+def _is_wide(states: Tensor | None) -> bool:
+    """Whether an offset inside one state may need more than 31 bits."""
+    return states is not None and states.shape[-2] * states.stride(-2) >= 2**31
+
+
+class _Work(NamedTuple):
+    """A launch of one of the kernels."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[float, ...]
+    constants: dict[str, Any]
+    warps: int
+
+
+def recurrent(*args: Any) -> None:
+    """The operator."""
+    work = _work(*args)
+    launch(work.kernel, work.grid, (*work.tensors, *work.numbers), work.constants, warps=work.warps)
+
+
+def bound_recurrent(*args: Any) -> Start:
+    """The launch that :func:`recurrent` does, which takes the pointers of its tensors."""
+    work = _work(*args)
+    arguments, bound = (*work.tensors, *work.numbers), len(work.numbers)
+    return bind(work.kernel, work.grid, arguments, work.constants, warps=work.warps, bound=bound)
+
+
+def _work(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    state_v_first: bool,
+    A_log: Tensor,
+    a: Tensor,
+    dt_bias: Tensor,
+    b: Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    allow_neg_eigval: bool,
+    read_slots: Tensor | None,
+    null_slot: int,
+    update_state: bool,
+    write_slots: Tensor | None,
+    token_slots: Tensor | None,
+    snapshots: Tensor | None,
+    output: Tensor,
+    zero_padding: bool,
+) -> _Work:
+    rows, steps, heads, head_v = v.shape
+    kept = token_slots is not None or snapshots is not None
+    kernel, tile, constants = _choice(rows * heads, steps, q.shape[-1], state, state_v_first, update_state, kept)
+    block_v = min(tile.values, int(triton.next_power_of_2(head_v)))
+    cached = rows * heads * head_v * q.shape[-1] * state.element_size() > CACHED_BYTES
+    constants |= {
+        "HV": heads, "R": heads // q.shape[2], "K": q.shape[-1], "V": head_v, "BV": block_v,
+        "NORM": use_qk_l2norm, "NEG_EIGVAL": allow_neg_eigval, "UPDATE": update_state,
+        "WIDE": _is_wide(state) or _is_wide(snapshots), "ZERO_PADDING": zero_padding,
+        "EVICT": "" if cached else "evict_first",
+    }  # fmt: skip
+    tensors = (q, k, v, state, A_log, a, dt_bias, b, output, read_slots, write_slots, token_slots, snapshots)
+    numbers = (
+        scale, null_slot, *strides(read_slots, 0), *strides(write_slots, 0), *strides(token_slots, 0, 1),
+        *strides(q, 0, 1, 2), *strides(k, 0, 1, 2), *strides(v, 0, 1, 2), *strides(a, 0, 1), *strides(b, 0, 1),
+        *strides(output, 0, 1, 2), *strides(state, 0, 1, 2), *strides(snapshots, 0, 1, 2, 3), steps,
+    )  # fmt: skip
+    grid = (-(-head_v // block_v) * heads * rows,)
+    return _Work(kernel, grid, tensors, numbers, constants, tile.warps)

@@ -1,0 +1,92 @@
+"""The rule token by token, for decode and wherever the state after every token is wanted.
+
+A program owns BV values of one head of one row. The tile of the state stays in registers over all tokens, and one round
+of reductions serves a token: with S the state before it,
+
+    S_t k = alpha (S k),   u = beta (v - S_t k),   o = scale (alpha (S q) + u (k . q)),   S <- alpha S + u k^T
+"""
+
+# Triton's functions have no types that a checker could follow.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gated_delta.kernels.triton.shared import SCALAR_POINTERS, SCALARS, gates, place_in_grid, slot_of
+
+
+@triton.jit
+def places(line, ov, ok, V_FIRST: tl.constexpr):
+    """Offsets of a ``[BV, BK]`` tile in a state, ``[V, K]`` or ``[K, V]``, whose rows are ``line`` apart."""
+    if V_FIRST:
+        return ov[:, None] * line + ok[None, :]
+    return ok[None, :] * line + ov[:, None]
+
+
+@triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=SCALAR_POINTERS)
+def tokens(
+    q, k, v, state, A_log, a, dt_bias, b, output, read_slots, write_slots, token_slots, snapshots,
+    scale, null_slot, read_stride, write_stride, ts_row, ts_token,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, a_row, a_token, b_row, b_token,
+    o_row, o_token, o_head, s_slot, s_head, s_line, n_row, n_token, n_head, n_line, steps,
+    SINGLE: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, V_FIRST: tl.constexpr, NORM: tl.constexpr, NEG_EIGVAL: tl.constexpr, UPDATE: tl.constexpr,
+    WIDE: tl.constexpr, ZERO_PADDING: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    tile, head, row = place_in_grid(tl.cdiv(V, BV), HV)
+    slot = slot_of(read_slots, read_stride, row, null_slot)
+    ok, ov = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    if WIDE:
+        ok, ov = ok.to(tl.int64), ov.to(tl.int64)
+    mk, mv = ok < K, ov < V
+    q += row * q_row + head // R * q_head + ok
+    k += row * k_row + head // R * k_head + ok
+    v += row * v_row + head * v_head + ov
+    output += row * o_row + head * o_head + ov
+    a += row * a_row + head
+    b += row * b_row + head
+    T = 1 if SINGLE else steps
+    if slot < 0:
+        if ZERO_PADDING:
+            for t in range(T):
+                tl.store(output + t * o_token, tl.zeros([BV], output.dtype.element_ty), mask=mv)
+        return
+    inside = mv[:, None] & mk[None, :]
+    if snapshots is not None:
+        snapshots += row * n_row + head * n_head + places(n_line, ov, ok, V_FIRST)
+    place = head * s_head + places(s_line, ov, ok, V_FIRST)
+    S = tl.load(state + slot * s_slot + place, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    A, bias = tl.load(A_log + head), tl.load(dt_bias + head)
+    for t in range(T):
+        bk = tl.load(k + t * k_token, mask=mk, other=0.0).to(tl.float32)
+        bq = tl.load(q + t * q_token, mask=mk, other=0.0).to(tl.float32)
+        bv = tl.load(v + t * v_token, mask=mv, other=0.0).to(tl.float32)
+        alpha, beta = gates(tl.load(a + t * a_token), tl.load(b + t * b_token), A, bias, NEG_EIGVAL)
+        read_k, read_q = tl.split(tl.sum(tl.join(S * bk[None, :], S * bq[None, :]), axis=1))
+        of_k, of_q = tl.split(tl.sum(tl.join(tl.join(bk * bk, bk * bq), tl.join(bq * bq, bk * bq)), axis=0))
+        kk, kq = tl.split(of_k)
+        qq, _ = tl.split(of_q)
+        k_norm, q_scale = 1.0, scale
+        if NORM:
+            k_norm = tl.rsqrt(kk + 1e-6)
+            q_scale = scale * tl.rsqrt(qq + 1e-6)
+        u = (beta * k_norm) * (bv - (alpha * k_norm) * read_k)  # u of the formula times the norm that k lacks
+        result = q_scale * (alpha * read_q + u * kq)
+        S = alpha * S + u[:, None] * bk[None, :]
+        tl.store(output + t * o_token, result.to(output.dtype.element_ty), mask=mv)
+        if snapshots is not None:
+            kept = S.to(snapshots.dtype.element_ty)
+            tl.store(snapshots + t * n_token, kept, mask=inside, eviction_policy=EVICT)
+        if token_slots is not None:
+            to = slot_of(token_slots + t * ts_token, ts_row, row, null_slot)
+            if to >= 0:
+                kept = S.to(state.dtype.element_ty)
+                tl.store(state + to * s_slot + place, kept, mask=inside, eviction_policy=EVICT)
+    if UPDATE:
+        if write_slots is not None:
+            slot = slot_of(write_slots, write_stride, row, null_slot)
+        if slot >= 0:
+            final = S.to(state.dtype.element_ty)
+            tl.store(state + slot * s_slot + place, final, mask=inside, eviction_policy=EVICT)

@@ -39,10 +39,19 @@ class PrefillCall(NamedTuple):
 
 
 class RecurrentCall(NamedTuple):
-    """Arguments of the decode operators and of several tokens, by one set of names."""
+    """Arguments of the decode operators and of several tokens, by one set of names: options, then tensors."""
 
     where: str
     """Public name of the operator."""
+    scale: float | None
+    use_qk_l2norm: bool
+    allow_neg_eigval: bool
+    backend: str
+    update: bool
+    """Whether a final state is written."""
+    null_slot: int | None
+    state_v_first: bool
+    """States are ``[V, K]``, not ``[K, V]``."""
     q: Tensor
     k: Tensor
     v: Tensor
@@ -52,11 +61,7 @@ class RecurrentCall(NamedTuple):
     a: Tensor
     dt_bias: Tensor
     b: Tensor
-    scale: float | None
     output: Tensor | None
-    use_qk_l2norm: bool
-    allow_neg_eigval: bool
-    backend: str
     read_slots: Tensor | None = None
     """``initial_state_indices``"""
     write_slots: Tensor | None = None
@@ -65,8 +70,11 @@ class RecurrentCall(NamedTuple):
     """``ssm_state_indices``"""
     snapshots: Tensor | None = None
     """``intermediate_states_buffer``"""
-    update: bool = True
-    """Whether a final state is written."""
-    null_slot: int | None = None
-    state_v_first: bool = True
-    """States are ``[V, K]``, not ``[K, V]``."""
+
+    @property
+    def options(self) -> tuple[str | float | bool | None, ...]:
+        return self[:8]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[8:]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from gated_delta import dispatch, library, reference
+from gated_delta import dispatch, library, plans, reference
 from gated_delta.calls import RecurrentCall, slot_number
 from gated_delta.validation import data, operators
-from gated_delta.validation.arguments import Arguments
 
 
 def gated_delta_rule_decode(
@@ -48,10 +48,10 @@ def gated_delta_rule_decode(
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
     call = RecurrentCall(
-        "gated_delta_rule_decode", q, k, v, state, A_log, a, dt_bias, b, scale, output, use_qk_l2norm,
-        allow_neg_eigval, backend, state_v_first=False,
+        "gated_delta_rule_decode", scale, use_qk_l2norm, allow_neg_eigval, backend, True, None, False,
+        q, k, v, state, A_log, a, dt_bias, b, output,
     )  # fmt: skip
-    return run_recurrent(call, operators.recurrent(call, single=True)), state
+    return run_recurrent(call, single=True), state
 
 
 def gated_delta_rule_decode_pretranspose(
@@ -98,26 +98,32 @@ def gated_delta_rule_decode_pretranspose(
     operators.flag("gated_delta_rule_decode_pretranspose", "disable_state_update", disable_state_update)
     states = operators.pool_choice(state, initial_state, initial_state_indices)
     call = RecurrentCall(
-        "gated_delta_rule_decode_pretranspose", q, k, v, states, A_log, a, dt_bias, b, scale, output, use_qk_l2norm,
-        allow_neg_eigval, backend, read_slots=initial_state_indices, write_slots=output_state_indices,
-        snapshots=intermediate_states_buffer, update=not disable_state_update, null_slot=null_slot,
+        "gated_delta_rule_decode_pretranspose", scale, use_qk_l2norm, allow_neg_eigval, backend,
+        not disable_state_update, null_slot, True, q, k, v, states, A_log, a, dt_bias, b, output,
+        initial_state_indices, output_state_indices, None, intermediate_states_buffer,
     )  # fmt: skip
-    args = operators.recurrent(call, state_name="initial_state" if state is None else "state")
-    return run_recurrent(call, args), states
+    return run_recurrent(call, state_name="initial_state" if state is None else "state"), states
 
 
-def run_recurrent(call: RecurrentCall, args: Arguments) -> Tensor:
-    """What every recurrent operator does once its arguments are judged; returns the output."""
+def run_recurrent(call: RecurrentCall, *, state_name: str = "state", single: bool = False) -> Tensor:
+    """What every recurrent operator does; returns the output."""
+    planned = plans.run(call)
+    if planned is not None:
+        return planned
+    args = operators.recurrent(call, state_name=state_name, single=single)
     request = dispatch.Request(call.where, call.q.device.type, call.q.dtype, args.sizes["K"], args.sizes["V"])
     backend = dispatch.choose(request, call.backend)
     if data.is_checked():
         data.recurrent(call)
     output = call.q.new_empty(call.v.shape) if call.output is None else call.output
-    library.recurrent(
+    arguments = (
         call.q, call.k, call.v, call.state, call.state_v_first, call.A_log, call.a, call.dt_bias, call.b,
         reference.resolve_scale(call.scale, request.head_k), call.use_qk_l2norm, call.allow_neg_eigval,
         call.read_slots, slot_number(call.null_slot),
         call.update and (call.token_slots is None or call.write_slots is not None),
-        call.write_slots, call.token_slots, call.snapshots, output, call.output is None, backend,
+        call.write_slots, call.token_slots, call.snapshots, output, call.output is None,
     )  # fmt: skip
+    library.recurrent(*arguments, backend)
+    if not torch.compiler.is_compiling() and request.device == "cuda":
+        plans.remember(call, output, library.bound_recurrent(backend, *arguments))
     return output

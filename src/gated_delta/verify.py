@@ -59,10 +59,9 @@ def gated_delta_rule_mtp(
         disable_state_update = True
     operators.flag("gated_delta_rule_mtp", "disable_state_update", disable_state_update)
     call = RecurrentCall(
-        "gated_delta_rule_mtp", q, k, v, initial_state, A_log, a, dt_bias, b, scale, output, use_qk_l2norm,
-        allow_neg_eigval, backend, read_slots=initial_state_indices, write_slots=output_state_indices,
-        token_slots=ssm_state_indices, snapshots=intermediate_states_buffer, update=not disable_state_update,
-        null_slot=null_slot,
+        "gated_delta_rule_mtp", scale, use_qk_l2norm, allow_neg_eigval, backend, not disable_state_update, null_slot,
+        True, q, k, v, initial_state, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices,
+        ssm_state_indices, intermediate_states_buffer,
     )  # fmt: skip
     operators.needs_slots(call)
-    return run_recurrent(call, operators.recurrent(call, state_name="initial_state")), initial_state
+    return run_recurrent(call, state_name="initial_state"), initial_state

@@ -93,6 +93,10 @@ def recurrent(call: RecurrentCall, *, state_name: str = "state", single: bool = 
 
 def pool_choice(state: Tensor | None, initial_state: Tensor | None, read_slots: Tensor | None) -> Tensor:
     """The states of ``gated_delta_rule_decode_pretranspose``: one a row, or a pool with indices."""
+    if state is None and initial_state is not None and read_slots is not None:
+        return initial_state
+    if state is not None and initial_state is None and read_slots is None:
+        return state
     args = Arguments("gated_delta_rule_decode_pretranspose")
     if state is not None:
         args.excluded("initial_state", initial_state is not None, "state is given, and they exclude each other")
@@ -106,12 +110,14 @@ def pool_choice(state: Tensor | None, initial_state: Tensor | None, read_slots: 
 
 def flag(where: str, name: str, value: object) -> None:
     """An argument that is True or False."""
-    Arguments(where).flag(name, value)
+    if not isinstance(value, bool):
+        Arguments(where).flag(name, value)
 
 
 def needs_slots(call: RecurrentCall) -> None:
     """Several tokens always read a pool."""
-    Arguments(call.where).needed("initial_state_indices", call.read_slots is not None, "initial_state is a pool")
+    if call.read_slots is None:
+        Arguments(call.where).needed("initial_state_indices", False, "initial_state is a pool")
 
 
 def _write_back(args: Arguments, call: RecurrentCall, layout: str) -> None:

@@ -10,6 +10,7 @@ from gated_delta.norm import rms_norm_gated
 from gated_delta.prefill import chunk_gated_delta_rule
 from gated_delta.validation.data import checked
 from gated_delta.verify import gated_delta_rule_mtp
+from gated_delta.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "gated_delta_rule_decode_pretranspose",
     "gated_delta_rule_mtp",
     "rms_norm_gated",
+    "warmup",
 ]

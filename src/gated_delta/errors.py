@@ -52,3 +52,7 @@ class BackendError(ArgumentError, ValueError):
 
 class PoolError(ArgumentError, ValueError):
     """Slots of a state pool: none left, or not allocated."""
+
+
+class WarmupError(GatedDeltaError, RuntimeError):
+    """A process that compiles kernels failed."""

@@ -1,0 +1,271 @@
+"""Warm-up: compile what a model's shapes need before the first request, in parallel processes.
+
+A case is a small call of an operator in each of the forms that engines and our layer use. Worker processes run the
+cases first, each its share, and leave what they compile in Triton's disk cache; then this process runs all of them,
+which loads the kernels. Afterwards such calls compile nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gated_delta import dispatch, library
+from gated_delta.config import GatedDeltaNetConfig
+from gated_delta.conv import causal_conv1d, causal_conv1d_update
+from gated_delta.errors import OptionError, WarmupError
+from gated_delta.norm import rms_norm_gated
+from gated_delta.prefill import chunk_gated_delta_rule
+from gated_delta.validation.arguments import FLOATS, describe_dtypes
+
+
+class Warmed(NamedTuple):
+    """What :func:`warmup` did."""
+
+    cases: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What decides which kernels are needed."""
+
+    config: GatedDeltaNetConfig
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    max_batch: int
+    num_spec: int
+    device: str
+
+    def dumps(self) -> str:
+        plain = {"config": asdict(self.config), "max_batch": self.max_batch, "num_spec": self.num_spec}
+        dtypes = {name: str(getattr(self, name)).removeprefix("torch.") for name in ("dtype", "state_dtype")}
+        return json.dumps({**plain, **dtypes, "device": self.device})
+
+    @staticmethod
+    def loads(text: str) -> _Shapes:
+        given = json.loads(text)
+        given["config"] = GatedDeltaNetConfig(**given["config"])
+        return _Shapes(**{**given, **{name: getattr(torch, given[name]) for name in ("dtype", "state_dtype")}})
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+
+    @property
+    def batches(self) -> list[int]:
+        return [1 << i for i in range(self.max_batch.bit_length()) if 1 << i <= self.max_batch]
+
+
+def warmup(
+    config: GatedDeltaNetConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    state_dtype: torch.dtype = torch.float32,
+    max_batch: int = 256,
+    num_spec: int = 0,
+    device: torch.device | str = "cuda",
+    workers: int | None = None,
+    progress: bool = True,
+) -> Warmed:
+    """Compile the kernels that a layer of this shape needs, so that no later call compiles.
+
+    Args:
+        config: shape of the layer, as this rank sees it (its own heads under tensor parallelism).
+        dtype: of activations. state_dtype: of recurrent states.
+        max_batch: sequences that decode together at most.
+        num_spec: draft tokens a step; 0 without speculation.
+        device: a GPU. On the CPU there is nothing to compile.
+        workers: processes, as many as there are cores (16 at most) when None; 0 compiles in this process.
+        progress: show a bar where rich is installed.
+
+    Returns:
+        How many cases were run, and the seconds that took.
+
+    Raises:
+        OptionError: a count below its least value, or a dtype that no kernel serves.
+        WarmupError: a worker failed; what it said is part of the message.
+    """
+    for name, value, least in (("max_batch", max_batch, 1), ("num_spec", num_spec, 0), ("workers", workers or 0, 0)):
+        if value < least:
+            raise OptionError("warmup", name, value, f"at least {least}")
+    for name, value in (("dtype", dtype), ("state_dtype", state_dtype)):
+        if value not in FLOATS:
+            raise OptionError("warmup", name, value, describe_dtypes(FLOATS))
+    started = time.perf_counter()
+    shapes = _Shapes(config, dtype, state_dtype, max_batch, num_spec, str(device))
+    if torch.device(device).type == "cpu":
+        return Warmed(0, 0.0)
+    cases = _cases(shapes)
+    count = min(os.cpu_count() or 1, 16, len(cases)) if workers is None else min(workers, len(cases))
+    with _bar(2 * len(cases) if count else len(cases), progress) as advance:
+        if count:
+            _in_processes(shapes, count, advance)
+        for case in cases:
+            case()
+            advance()
+    torch.cuda.synchronize()
+    return Warmed(len(cases), time.perf_counter() - started)
+
+
+def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> None:
+    """Run every case in one of ``count`` processes."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "from gated_delta.warmup import _worker; _worker()"]
+    running: list[subprocess.Popen[str]] = []
+    try:
+        for i in range(count):
+            process = subprocess.Popen(
+                [*command, shapes.dumps(), str(i), str(count)], env=environment, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )  # fmt: skip
+            running.append(process)
+        for process in running:
+            for _ in _lines(process.stdout):
+                advance()
+            said = process.communicate()[1]
+            if process.returncode:
+                raise WarmupError(f"warmup: a worker process failed: {said.strip()[-2000:]}")
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _lines(stream: IO[str] | None) -> Iterator[str]:
+    assert stream is not None
+    return iter(stream.readline, "")
+
+
+def _worker() -> None:
+    """The share of one process: every n-th case. Says a line after each."""
+    shapes, first, step = _Shapes.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    for case in _cases(shapes)[first::step]:
+        case()
+        print("done", flush=True)
+
+
+@contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar that moves on by one each time it is called."""
+    if not wanted or find_spec("rich") is None:  # an extra: the core needs torch alone
+        yield lambda: None
+        return
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("compiling kernels", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _cases(s: _Shapes) -> list[Callable[[], object]]:
+    """Every call that is made, slowest to compile first, so that processes share the work evenly."""
+    cases: list[Callable[[], object]] = [
+        partial(_prefill, s, 1, pooled=False), partial(_prefill, s, 1, pooled=True),
+        partial(_prefill, s, s.max_batch, pooled=True),
+    ]  # fmt: skip
+    for given in (True, False):
+        if s.num_spec:
+            forms = ({}, {"update": True}, {"slots": True}, {"snapshots": True})
+            cases += [partial(_recurrent, s, s.num_spec + 1, given, **form) for form in forms]
+        for form in ({}, {"pooled": False}, {"pooled": False, "v_first": False}):
+            cases.append(partial(_recurrent, s, 1, given, update=True, **form))
+    return [*cases, partial(_around, s)]
+
+
+def _recurrent(
+    s: _Shapes,
+    steps: int,
+    given: bool,
+    *,
+    pooled: bool = True,
+    v_first: bool = True,
+    update: bool = False,
+    slots: bool = False,
+    snapshots: bool = False,
+) -> None:
+    """Decode or several tokens at every size of batch, into a given output or one that is allocated.
+
+    All rows share one state, which the operators would refuse and nobody reads: the memory for more may be taken.
+    """
+    c = s.config
+    backend = dispatch.choose(
+        dispatch.Request("gated_delta_rule_mtp", torch.device(s.device).type, s.dtype, c.head_k_dim, c.head_v_dim),
+        "auto",
+    )
+    last = (c.head_v_dim, c.head_k_dim) if v_first else (c.head_k_dim, c.head_v_dim)
+    state = s.empty(1, c.num_v_heads, *last, dtype=s.state_dtype)
+    per_head = s.empty(c.num_v_heads, dtype=torch.float32)
+    for rows in s.batches:
+        q, v = (s.empty(rows, steps, *h) for h in ((c.num_k_heads, c.head_k_dim), (c.num_v_heads, c.head_v_dim)))
+        gates, index = s.empty(rows, steps, c.num_v_heads), torch.zeros(rows, steps, dtype=torch.int32, device=s.device)
+        library.recurrent(
+            q, q, v, state.expand(rows, -1, -1, -1), v_first, per_head, gates, per_head, gates, 1.0, True,
+            c.allow_neg_eigval, index[:, 0] if pooled else None, -1, update, None, index if slots else None,
+            state[None].expand(rows, steps, -1, -1, -1) if snapshots else None, torch.empty_like(v), not given, backend,
+        )  # fmt: skip
+
+
+def _prefill(s: _Shapes, rows: int, *, pooled: bool) -> None:
+    """Short sequences as a layer has them (a pool, norms in the kernel), or with states of their own."""
+    c, length = s.config, 16
+    total = rows * length
+    qkv = s.empty(total, c.conv_dim)
+    q, k, v = qkv.split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
+    heads = (c.num_k_heads, c.head_k_dim)
+    states = s.empty(1, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=s.state_dtype)
+    gates = s.empty(total, c.num_v_heads, dtype=torch.float32)
+    x: dict[str, Any] = {
+        "q": q.unflatten(-1, heads), "k": k.unflatten(-1, heads),
+        "v": v.unflatten(-1, (c.num_v_heads, c.head_v_dim)), "g": gates, "beta": gates,
+        "cu_seqlens": torch.arange(rows + 1, dtype=torch.int32, device=s.device) * length,
+        "use_qk_l2norm_in_kernel": pooled,
+    }  # fmt: skip
+    if pooled:
+        pool, slots = states, torch.zeros(rows, dtype=torch.int32, device=s.device)
+        fresh = torch.zeros(rows, dtype=torch.bool, device=s.device)
+        output = torch.empty(total, c.num_v_heads, c.head_v_dim, dtype=s.dtype, device=s.device)
+        x |= {"initial_state": pool, "output_state": pool, "state_indices": slots, "output": output}
+        chunk_gated_delta_rule(**x)
+        chunk_gated_delta_rule(**x, has_initial_state=fresh)
+    else:
+        chunk_gated_delta_rule(**x, output_final_state=True)
+        chunk_gated_delta_rule(**x, initial_state=states, output_final_state=True)
+
+
+def _around(s: _Shapes) -> None:
+    """Convolution in all its forms, and the norm."""
+    c, tokens = s.config, 8
+    slots = torch.zeros(1, dtype=torch.int32, device=s.device)
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device=s.device)
+    weight = s.empty(c.conv_dim, 1, c.conv_width)[:, 0]
+    columns = c.conv_width - 1 + s.num_spec
+    states = [s.empty(1, columns, c.conv_dim).transpose(1, 2), s.empty(1, c.conv_dim, columns)]
+    states += [x.float() for x in states] if s.dtype != torch.float32 else []
+    for conv_states in states:
+        x = s.empty(tokens, c.conv_dim)
+        for known in (None, torch.ones(1, dtype=torch.bool, device=s.device)):
+            causal_conv1d(
+                x, weight, conv_states=conv_states, cu_seqlens=starts, state_indices=slots, has_initial_state=known
+            )
+        causal_conv1d_update(x[:1], conv_states, weight, state_indices=slots)
+        if s.num_spec:
+            accepted, step = torch.ones_like(slots), starts.clamp(max=s.num_spec + 1)
+            causal_conv1d_update(
+                x[: s.num_spec + 1], conv_states, weight, state_indices=slots, num_accepted_tokens=accepted,
+                cu_seqlens=step,
+            )  # fmt: skip
+    for rows in s.batches:
+        y = s.empty(rows, c.num_v_heads, c.head_v_dim)
+        rms_norm_gated(y, y, s.empty(c.head_v_dim, dtype=torch.float32), c.norm_eps, c.output_gate)

@@ -1,0 +1,94 @@
+"""Warm-up: its cases are calls that the operators serve, its processes share them, and its errors say what failed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import gated_delta as gd
+from gated_delta.config import GatedDeltaNetConfig
+from gated_delta.errors import OptionError, WarmupError
+
+module = sys.modules["gated_delta.warmup"]
+CONFIG = GatedDeltaNetConfig(hidden_size=64, num_k_heads=2, num_v_heads=4, head_k_dim=32, head_v_dim=32)
+EXPANDED = pytest.mark.filterwarnings("ignore:Use of index_put_ on expanded tensors:UserWarning")
+
+
+def shapes(**options: Any) -> Any:
+    given: dict[str, Any] = {"dtype": torch.bfloat16, "state_dtype": torch.float16, "max_batch": 3, "num_spec": 2}
+    return module._Shapes(CONFIG, **{**given, **options}, device="cpu")
+
+
+def test_shapes_survive_the_way_to_a_process() -> None:
+    s = shapes()
+    assert module._Shapes.loads(s.dumps()) == s
+    assert s.batches == [1, 2]
+
+
+@EXPANDED
+@pytest.mark.parametrize("num_spec", [0, 2])
+def test_every_case_runs(num_spec: int) -> None:
+    cases = module._cases(shapes(num_spec=num_spec))
+    assert len(cases) == (18 if num_spec else 10)
+    for case in cases:
+        case()
+
+
+def test_processes_share_the_cases() -> None:
+    done: list[None] = []
+    s = shapes(max_batch=1)
+    module._in_processes(s, 2, lambda: done.append(None))
+    assert len(done) == len(module._cases(s))
+
+
+def test_a_process_that_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = shapes()
+    monkeypatch.setattr(module._Shapes, "dumps", lambda self: "{}")
+    with pytest.raises(WarmupError, match=r"a worker process failed: (?s:.*)KeyError: 'config'"):
+        module._in_processes(s, 1, lambda: None)
+
+
+def test_the_cpu_has_nothing_to_compile() -> None:
+    assert gd.warmup(CONFIG, device="cpu") == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch": 0}, "warmup: max_batch is 0; it must be at least 1"),
+        ({"num_spec": -1}, "warmup: num_spec is -1; it must be at least 0"),
+        ({"workers": -1}, "warmup: workers is -1; it must be at least 0"),
+        ({"dtype": torch.int8}, "warmup: dtype is torch.int8; it must be bfloat16 or float16 or float32"),
+        ({"state_dtype": torch.float64}, "warmup: state_dtype is torch.float64; it must be"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as found:
+        gd.warmup(CONFIG, **options)
+    assert str(found.value).startswith(message)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling needs a GPU")
+def test_afterwards_nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs  # noqa: PLC0415 (with a GPU only)
+
+    gd.warmup(CONFIG, max_batch=4, num_spec=2, workers=2)
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **found: compiled.append(found["repr"]) and False)
+    for case in module._cases(module._Shapes(
+        CONFIG, torch.bfloat16, torch.float32, 4, 2, "cuda"
+    )):  # fmt: skip
+        case()
+    pool = torch.zeros(9, 4, 32, 32, device="cuda")
+    rows = {
+        name: torch.randn(3, 1, heads, 32, device="cuda").bfloat16() for name, heads in (("q", 2), ("k", 2), ("v", 4))
+    }
+    gates: dict[str, Any] = {name: torch.randn(3, 1, 4, device="cuda").bfloat16() for name in ("a", "b")}
+    gd.gated_delta_rule_decode_pretranspose(
+        **rows, **gates, state=None, A_log=torch.zeros(4, device="cuda"), dt_bias=torch.zeros(4, device="cuda"),
+        initial_state=pool, initial_state_indices=torch.arange(3, device="cuda", dtype=torch.int32),
+    )  # fmt: skip
+    assert compiled == []

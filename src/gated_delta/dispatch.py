@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -63,11 +63,13 @@ def _shape_refused(request: Request) -> str | None:
     return None
 
 
+_HAS_TRITON = find_spec("triton") is not None
+
+
 def _triton_refuses(request: Request) -> str | None:
-    interpreted = request.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if request.device != "cuda" and not interpreted:
+    if request.device != "cuda" and (request.device != "cpu" or os.environ.get("TRITON_INTERPRET") != "1"):
         return f"it serves tensors on a GPU, and these are on {request.device}"
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "it needs the package triton, which is not installed"
     return _shape_refused(request)
 

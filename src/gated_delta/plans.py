@@ -20,14 +20,16 @@ try:
 except ImportError:  # another torch: every call is judged
     TensorGuards = None
 
-MOST = 4096
-"""Kinds of calls that are remembered; then all are forgotten."""
+MOST_KINDS, MOST_ALIKE = 4096, 16
+"""Plans are kept for so many options and shapes of q (then all are forgotten), and for so many layouts of each."""
 
 
 class Plan(NamedTuple):
     """What calls of one kind need."""
 
     guards: Any
+    tensors: int
+    """How many there are to guard."""
     launch: Any
     shape: torch.Size
     dtype: torch.dtype
@@ -37,9 +39,14 @@ class Plan(NamedTuple):
 _PLANS: dict[tuple[Any, ...], list[Plan]] = {}
 
 
+def _is_watched() -> bool:
+    """Whether a compiler, a dispatch mode or checked mode wants to see the call."""
+    return torch.compiler.is_compiling() or data.is_checked() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def run(call: RecurrentCall) -> Tensor | None:
     """Run a call for which there is a plan, and return its output; None if there is none."""
-    if torch.compiler.is_compiling() or data.is_checked():
+    if _is_watched():
         return None
     try:
         plans = _PLANS.get(_key(call))
@@ -47,38 +54,56 @@ def run(call: RecurrentCall) -> Tensor | None:
         return None
     if plans is None:
         return None
-    q, k, v, state, A_log, a, dt_bias, b, output, *optional = call[8:]
-    given = [x for x in call[8:] if x is not None]
+    given = [x for x in call.tensors if x is not None]
     for plan in plans:
-        if plan.guards.check(*given):
-            if output is None:
-                output = torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
-            pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), state.data_ptr(), output.data_ptr())
-            kept = [None if x is None else x.data_ptr() for x in optional]
-            if (pointers[0] | pointers[1] | pointers[2] | pointers[3] | pointers[4] | (kept[3] or 0)) % 16 == 0:
-                plan.launch(
-                    *pointers[:4], A_log.data_ptr(), a.data_ptr(), dt_bias.data_ptr(), b.data_ptr(), pointers[4], *kept
-                )
-                return output
+        if plan.tensors == len(given) and plan.guards.check(*given):
+            return _start(plan, *call.tensors)
     return None
+
+
+def _start(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    A_log: Tensor,
+    a: Tensor,
+    dt_bias: Tensor,
+    b: Tensor,
+    output: Tensor | None,
+    *optional: Tensor | None,
+) -> Tensor | None:
+    if output is None:
+        output = torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
+    wide = q.data_ptr(), k.data_ptr(), v.data_ptr(), state.data_ptr()
+    into, others = output.data_ptr(), [None if x is None else x.data_ptr() for x in optional]
+    # What kernels access 16 bytes at a time; the last one are the snapshots.
+    if (wide[0] | wide[1] | wide[2] | wide[3] | into | (others[-1] or 0)) % 16:
+        return None
+    plan.launch(*wide, A_log.data_ptr(), a.data_ptr(), dt_bias.data_ptr(), b.data_ptr(), into, *others)
+    return output
 
 
 def remember(call: RecurrentCall, output: Tensor, launch: Any) -> None:
     """Keep ``launch`` for calls like this one, if their tensors' look is all that it depends on."""
     given = [x for x in call.tensors if x is not None]
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) and not x.requires_grad for x in given)
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
     wide = (call.q, call.k, call.v, call.state, output, call.snapshots)
-    if TensorGuards is None or not plain or any(x is not None and x.data_ptr() % 16 for x in wide):
+    if TensorGuards is None or _is_watched() or not plain or any(x is not None and x.data_ptr() % 16 for x in wide):
         return
-    if len(_PLANS) >= MOST:
+    if len(_PLANS) >= MOST_KINDS:
         _PLANS.clear()
     guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    _PLANS.setdefault(_key(call), []).append(Plan(guards, launch, output.shape, output.dtype, output.device))
+    alike = _PLANS.setdefault(_key(call), [])
+    del alike[: max(0, len(alike) - MOST_ALIKE + 1)]
+    alike.append(Plan(guards, len(given), launch, output.shape, output.dtype, output.device))
 
 
 def _key(call: RecurrentCall) -> tuple[Any, ...]:
-    """Options, the shape of q, and which tensors there are."""
+    """Options and their types (1 is not True), the shape of q, which tensors there are, whether gradients are on."""
     return (
-        *call.options, call.q.shape, call.output is None, call.read_slots is None, call.write_slots is None,
-        call.token_slots is None, call.snapshots is None,
+        *call.options, type(call.scale), type(call.use_qk_l2norm), type(call.allow_neg_eigval), type(call.null_slot),
+        call.q.shape, call.output is None, call.read_slots is None, call.write_slots is None,
+        call.token_slots is None, call.snapshots is None, torch.is_grad_enabled(),
     )  # fmt: skip

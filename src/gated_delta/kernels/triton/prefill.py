@@ -25,7 +25,7 @@ class Tiles(NamedTuple):
     """Iterations whose loads are under way, and that many again less one."""
 
 
-PREPARE = Tiles(32, 2, 2)
+PREPARE = Tiles(32, 1, 3)
 TOKENS = Tiles(8, 1, 4)
 """The same for any batch: sums over K take the order that the tile gives them."""
 

@@ -130,7 +130,7 @@ def _work(
     rows, steps, heads, head_v = v.shape
     kept = token_slots is not None or snapshots is not None
     kernel, tile, constants = _choice(rows * heads, steps, q.shape[-1], state, state_v_first, update_state, kept)
-    block_v = min(tile.values, int(triton.next_power_of_2(head_v)))
+    block_v = min(max(tile.values, 512 // (q.shape[-1] * state.element_size())), int(triton.next_power_of_2(head_v)))
     cached = rows * heads * head_v * q.shape[-1] * state.element_size() > CACHED_BYTES
     constants |= {
         "HV": heads, "R": heads // q.shape[2], "K": q.shape[-1], "V": head_v, "BV": block_v,

@@ -48,6 +48,8 @@ def tokens(
     a += row * a_row + head
     b += row * b_row + head
     T = 1 if SINGLE else steps
+    q_token, k_token, v_token = tl.cast(q_token, tl.int64), tl.cast(k_token, tl.int64), tl.cast(v_token, tl.int64)
+    o_token, n_token = tl.cast(o_token, tl.int64), tl.cast(n_token, tl.int64)
     if slot < 0:
         if ZERO_PADDING:
             for t in range(T):
@@ -72,9 +74,10 @@ def tokens(
         if NORM:
             k_norm = tl.rsqrt(kk + 1e-6)
             q_scale = scale * tl.rsqrt(qq + 1e-6)
-        u = (beta * k_norm) * (bv - (alpha * k_norm) * read_k)  # u of the formula times the norm that k lacks
-        result = q_scale * (alpha * read_q + u * kq)
-        S = alpha * S + u[:, None] * bk[None, :]
+        # Fused by hand: which of two products the compiler would fuse may depend on the tile, and so would bits.
+        u = (beta * k_norm) * tl.fma(-alpha * k_norm, read_k, bv)  # u of the formula times the norm that k lacks
+        result = q_scale * tl.fma(alpha, read_q, u * kq)
+        S = tl.fma(u[:, None], bk[None, :], alpha * S)
         tl.store(output + t * o_token, result.to(output.dtype.element_ty), mask=mv)
         if snapshots is not None:
             kept = S.to(snapshots.dtype.element_ty)

@@ -12,7 +12,7 @@ below fp32.
 """
 
 # Triton's functions have no types that a checker could follow.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def verify(
         ov = ov.to(tl.int64)
     mv = (ov < V)[:, None]
     ox, ot = tl.arange(0, 2 * BT), tl.arange(0, BT)
-    is_q, token = ox >= BT, ox % BT
+    is_q, token = ox >= BT, (ox % BT).to(tl.int64)
     out = output + row * o_row + head * o_head + ov[:, None] + token[None, :] * o_token
     written = mv & (is_q & (token < T))[None, :]
     if slot < 0:
@@ -109,9 +109,12 @@ def verify(
     us = ()
     for t in tl.static_range(T):
         done = is_q & (token < t)  # outputs of earlier tokens stay as they are
-        H *= tl.where(done, 1.0, pick(alphas, ot, t))[None, :]
-        u = pick(betas, ot, t) * tl.sum(tl.where((ox == t)[None, :], values.to(tl.float32) - H, 0.0), axis=1)
-        H += u[:, None] * tl.where(done, 0.0, tl.sum(tl.where((ox == t)[:, None], G, 0.0), axis=0))[None, :]
+        alpha = pick(alphas, ot, t)
+        # Fused by hand: which of two products the compiler would fuse may depend on the tile, and so would bits.
+        missing = tl.where((ox == t)[None, :], tl.fma(H, -alpha, values.to(tl.float32)), 0.0)
+        u = pick(betas, ot, t) * tl.sum(missing, axis=1)
+        g = tl.sum(tl.where((ox == t)[:, None], G, 0.0), axis=0)
+        H = tl.where(done[None, :], H, tl.fma(u[:, None], g[None, :], alpha * H))
         us += (u * pick(factor, ox, t),)
     tl.store(out, H.to(output.dtype.element_ty), mask=written)
     if WRITES:
@@ -125,11 +128,11 @@ def verify(
         for c in tl.range(0, K, KW):
             S = tl.load(read + place + c, mask=mv, other=0.0, eviction_policy=EVICT).to(tl.float32)
             for t in tl.static_range(T):
-                key = tl.load(k + t * k_token + c + ok).to(tl.float32)
-                S = pick(alphas, ot, t) * S + us[t][:, None] * key[None, :]
+                key = tl.load(k + t * tl.cast(k_token, tl.int64) + c + ok).to(tl.float32)
+                S = tl.fma(us[t][:, None], key[None, :], pick(alphas, ot, t) * S)
                 if snapshots is not None:
                     kept = S.to(snapshots.dtype.element_ty)
-                    tl.store(snapshots + t * n_token + c, kept, mask=mv, eviction_policy=EVICT)
+                    tl.store(snapshots + t * tl.cast(n_token, tl.int64) + c, kept, mask=mv, eviction_policy=EVICT)
                 if token_slots is not None:
                     to = slot_of(token_slots + t * ts_token, ts_row, row, null_slot)
                     kept = S.to(state.dtype.element_ty)

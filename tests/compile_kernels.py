@@ -1,0 +1,189 @@
+"""Compile the Triton kernels as the operators launch them, without a GPU, and print what became of them as JSON.
+
+    python compile_kernels.py 90,100 decode verify
+
+It runs in a process of its own, since the suite's interprets the kernels where there is no GPU. The operators get
+tensors without memory, and what they would have launched is compiled for the given generation of GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Bytes of shared memory that a program may take, by generation."""
+BF16, FP16, FP32, INT = torch.bfloat16, torch.float16, torch.float32, torch.int32
+OPERATORS: Any = import_module("gated_delta.kernels.triton")
+HOSTS: dict[str, Any] = {
+    name: import_module(f"gated_delta.kernels.triton.{name}") for name in ("recurrent", "prefill", "conv", "norm")
+}
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def recurrent(
+    rows: int, *, state: torch.dtype, steps: int = 1, v_first: bool = True, pooled: bool = True, update: bool = True,
+    slots: bool = False, snapshots: bool = False, dtype: torch.dtype = BF16,
+) -> None:  # fmt: skip
+    """16 heads of q and k, 32 of v, K = V = 128."""
+    q, v = empty(rows, steps, 16, 128, dtype=dtype), empty(rows, steps, 32, 128, dtype=dtype)
+    a, gate = empty(rows, steps, 32), empty(32, dtype=FP32)
+    read, after = empty(rows, dtype=INT) if pooled else None, empty(rows, steps, dtype=INT) if slots else None
+    buffer = empty(rows, steps, 32, 128, 128, dtype=state) if snapshots else None
+    OPERATORS.recurrent(
+        q, q, v, empty(rows + 1, 32, 128, 128, dtype=state), v_first, gate, a, gate, a, 128**-0.5, True, False, read,
+        -1, update, None, after, buffer, torch.empty_like(v), True,
+    )  # fmt: skip
+
+
+def prefill(sequences: int, *, dtype: torch.dtype = BF16) -> None:
+    """Four thousand tokens over a pool of fp32 states, with checkpoints."""
+    q, v, gate = empty(4096, 16, 128, dtype=dtype), empty(4096, 32, 128, dtype=dtype), empty(4096, 32, dtype=FP32)
+    pool, starts = empty(sequences, 32, 128, 128, dtype=FP32), empty(sequences + 1, dtype=INT)
+    slots = empty(sequences, dtype=INT)
+    OPERATORS.prefill(
+        q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, True, True,
+        torch.empty_like(v), True, pool, empty(64, 32, 128, 128, dtype=FP32), starts, 64,
+    )  # fmt: skip
+
+
+def conv() -> None:
+    x, weight, states = empty(4096, 8192), empty(8192, 4), empty(65, 3, 8192).transpose(1, 2)
+    starts, slots = empty(65, dtype=INT), empty(64, dtype=INT)
+    OPERATORS.causal_conv1d(x, weight, None, states, starts, slots, slots.bool(), True, -1, torch.empty_like(x))
+
+
+def conv_update(states: Tensor) -> None:
+    x, slots = empty(64, 8192), empty(64, dtype=INT)
+    OPERATORS.causal_conv1d_update(x, states, empty(8192, 4), None, True, slots, None, None, -1, torch.empty_like(x))
+
+
+def norm() -> None:
+    x = empty(4096, 32, 128)
+    OPERATORS.rms_norm_gated(x, x, empty(128), 1e-6, "silu", x)
+
+
+DECODE: dict[str, Callable[[], None]] = {
+    "V-major fp32": lambda: recurrent(64, state=FP32),
+    "V-major bf16, few": lambda: recurrent(2, state=BF16),
+    "V-major bf16": lambda: recurrent(32, state=BF16),
+    "V-major bf16, many": lambda: recurrent(256, state=BF16),
+    "K-major fp32": lambda: recurrent(16, state=FP32, v_first=False, pooled=False),
+    "K-major bf16": lambda: recurrent(32, state=BF16, v_first=False, pooled=False),
+}
+"""One token: every entry of the table of tiles."""
+VERIFY: dict[str, Callable[[], None]] = {
+    "2 outputs": lambda: recurrent(2, steps=2, state=BF16, update=False),
+    "4 outputs": lambda: recurrent(32, steps=4, state=BF16, update=False),
+    "4 outputs, fp32": lambda: recurrent(32, steps=4, state=FP32, update=False),
+    "4 outputs, fp32, many": lambda: recurrent(256, steps=4, state=FP32, update=False),
+    "4 tokens": lambda: recurrent(32, steps=4, state=BF16),
+    "4 slots": lambda: recurrent(32, steps=4, state=BF16, update=False, slots=True),
+    "9 outputs": lambda: recurrent(32, steps=9, state=BF16, update=False),
+    "3 snapshots": lambda: recurrent(32, steps=3, state=BF16, snapshots=True),
+}
+TOKENS: dict[str, Callable[[], None]] = {
+    "4 snapshots, fp32": lambda: recurrent(32, steps=4, state=FP32, snapshots=True),
+    "17 tokens": lambda: recurrent(32, steps=17, state=BF16, slots=True),
+}
+PREFILL: dict[str, Callable[[], None]] = {
+    "many states": lambda: prefill(64),
+    "fp32": lambda: prefill(64, dtype=FP32),
+}
+"""Prefill's cases are to be added here."""
+LAYER: dict[str, Callable[[], None]] = {
+    "conv": conv,
+    "conv update": lambda: conv_update(empty(65, 3, 8192).transpose(1, 2)),
+    "conv update, columns together": lambda: conv_update(empty(65, 8192, 3)),
+    "norm": norm,
+}
+GROUPS = {"decode": DECODE, "verify": VERIFY, "tokens": TOKENS, "prefill": PREFILL, "layer": LAYER}
+ONE_OF_EACH = {"V-major bf16", "K-major fp32", "4 tokens", "many states", "fp32", "conv", "conv update", "norm"}
+"""Every kernel, for the generations that need only compile."""
+
+
+def recorded(case: Callable[[], None], shared: int) -> list[Launch]:
+    """What a case would launch."""
+    found: list[Launch] = []
+
+    def launch(kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1) -> None:
+        found.append(Launch(kernel, tuple(args), constants, warps, stages))
+
+    for host in HOSTS.values():
+        host.launch = launch
+    HOSTS["prefill"]._shared_memory = lambda device: shared
+    case()
+    return found
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel, specialised as a launch with these arguments would."""
+    kernel, backend = launch.kernel, make_backend(target)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    bind: Any = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, traits, rest = bind(*launch.args, **launch.constants, **options)
+    _, signature, constants, attributes = kernel._pack_args(backend, rest, bound, traits, None)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+def figures(binary: bytes) -> dict[str, Any]:
+    """Registers, spills and instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    registers, stack, local = (int(x) for x in re.findall(r"(?:REG|STACK|LOCAL):(\d+)", usage)[:3])
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
+    return {"registers": registers, "stack": stack, "local": local, "instructions": names}
+
+
+def results(capability: int, groups: list[str]) -> Iterator[dict[str, Any]]:
+    target = GPUTarget("cuda", capability, 32)
+    for group in groups or GROUPS:
+        for name, case in GROUPS[group].items():
+            if capability != 90 and name not in ONE_OF_EACH:
+                continue
+            for launch in recorded(case, SHARED[capability]):
+                kernel = compiled(launch, target)
+                facts = {
+                    "capability": capability,
+                    "case": name,
+                    "kernel": launch.kernel.__name__,
+                    "warps": launch.warps,
+                }
+                facts |= {"shared": kernel.metadata.shared, "constants": launch.constants}
+                yield {**facts, **figures(kernel.asm["cubin"])}
+
+
+if __name__ == "__main__":
+    found = (results(int(capability), sys.argv[2:]) for capability in sys.argv[1].split(","))
+    json.dump([kernel for kernels in found for kernel in kernels], sys.stdout)

@@ -1,0 +1,100 @@
+"""Every Triton kernel compiled for three generations of GPUs, without a GPU, and what the assembly of sm_90 says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compile_kernels
+
+Kernels = dict[str, dict[str, Any]]
+"""By case and kernel."""
+
+LENGTHS = {
+    "V-major fp32": 512,
+    "V-major bf16, few": 528,
+    "V-major bf16": 984,
+    "V-major bf16, many": 688,
+    "K-major fp32": 1192,
+    "K-major bf16": 1368,
+}
+"""Instructions of one token by Triton 3.6 for sm_90. A fifth more is a change that should be looked at."""
+SPILLED = {"prepare": 160, "chain": 64}
+"""Bytes of the stack that kernels may take; all others none."""
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[..., Kernels]:
+    def run(capabilities: str, *groups: str) -> Kernels:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, compile_kernels.__file__, capabilities, *groups]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return {f"sm_{x['capability']}, {x['case']}, {x['kernel']}": x for x in json.loads(done.stdout)}
+
+    return run
+
+
+def count(kernel: dict[str, Any], name: str, *parts: str) -> int:
+    """Instructions of that name with all the parts, such as 128."""
+    split = (x.split(".") for x in kernel["instructions"])
+    return sum(first == name and set(parts) <= set(rest) for first, *rest in split)
+
+
+def assert_in_registers(kernels: Kernels) -> None:
+    assert kernels
+    found = {name: (x["registers"], x["stack"], x["local"]) for name, x in kernels.items()}
+    allowed = {name: SPILLED.get(x["kernel"], 0) for name, x in kernels.items()}
+    assert {name: x for name, x in found.items() if x[0] > 255 or x[1] > allowed[name] or x[2] > 0} == {}
+
+
+def test_decode(build: Callable[..., Kernels]) -> None:
+    kernels = build("90", "decode")
+    assert_in_registers(kernels)
+    assert {x["case"] for x in kernels.values()} == set(LENGTHS)
+    for kernel in kernels.values():
+        width = 4 if "fp32" in kernel["case"] else 2
+        accesses = kernel["constants"]["BV"] * 128 * width // (16 * 32 * kernel["warps"])  # of 16 bytes, by a thread
+        assert count(kernel, "LDG", "128") == count(kernel, "STG", "128") == accesses, kernel["case"]
+        assert len(kernel["instructions"]) <= 1.2 * LENGTHS[kernel["case"]], kernel["case"]
+
+
+def test_several_tokens(build: Callable[..., Kernels]) -> None:
+    kernels = build("90", "verify", "tokens")
+    assert_in_registers(kernels)
+    verify = [x for x in kernels.values() if x["kernel"] == "verify"]
+    assert [x["case"] for x in verify] == list(compile_kernels.VERIFY)
+    for kernel in verify:
+        assert count(kernel, "HMMA") > 0, kernel["case"]
+        assert count(kernel, "LDGSTS", "128") > 0, kernel["case"]
+        assert count(kernel, "LDS") + count(kernel, "LDSM") > 0, kernel["case"]
+        writes = kernel["constants"]["UPDATE"] or "slots" in kernel["case"] or "snapshots" in kernel["case"]
+        assert (count(kernel, "STG", "EF", "128") > 0) == writes, kernel["case"]
+
+
+def test_prefill_and_layer(build: Callable[..., Kernels]) -> None:
+    kernels = build("90", "prefill", "layer")
+    assert_in_registers(kernels)
+    for kernel in kernels.values():
+        apart = kernel["case"] == "conv update, columns together"
+        assert apart or count(kernel, "LDG", "128") > 0, kernel["case"]
+        if kernel["kernel"] in ("prepare", "chain"):
+            assert count(kernel, "HMMA") + count(kernel, "HGMMA") > 0, kernel["case"]
+
+
+def test_other_generations(build: Callable[..., Kernels]) -> None:
+    kernels = build("80,100")
+    known = {"tokens", "verify", "_prefill_kernel", "_update_kernel", "_norm_kernel"}
+    for capability in (80, 100):
+        own = [x for x in kernels.values() if x["capability"] == capability]
+        assert {x["case"] for x in own} == compile_kernels.ONE_OF_EACH
+        assert {x["kernel"] for x in own} >= known
+        assert all(x["shared"] <= compile_kernels.SHARED[capability] for x in own)

@@ -44,6 +44,7 @@ def bind(
     if compiled is None:
         with torch.cuda.device(device):
             compiled = kernel.warmup(*args, *rest, grid=grid, num_warps=warps, num_stages=stages)
+            compiled._init_handles()  # loads it onto this device
         _COMPILED[key] = compiled
     return _start(compiled, (*grid, 1, 1)[:3], (*args[len(args) - bound :], *rest), device)
 

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 import gated_delta as gd
-from gated_delta import library, reference
+from gated_delta import library, plans, reference
+from gated_delta.calls import RecurrentCall
 from gated_delta.testing.inputs import prefill_inputs, recurrent_inputs
 
 
@@ -73,6 +74,10 @@ def boundary() -> None:
     print("a call with an empty implementation:")
     for name, run in timed.items():
         print(f"  {name}: {each(run):.1f} us")
+    names = ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")
+    options = ("gated_delta_rule_decode_pretranspose", None, True, False, "auto", True, None, True)
+    plans.remember(RecurrentCall(*options, *(inputs[name] for name in names), None), inputs["v"], lambda *args: None)
+    print(f"  the same by a plan: {each(timed['gated_delta_rule_decode_pretranspose']):.1f} us")
 
 
 if __name__ == "__main__":

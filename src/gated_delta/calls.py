@@ -72,9 +72,5 @@ class RecurrentCall(NamedTuple):
     """``intermediate_states_buffer``"""
 
     @property
-    def options(self) -> tuple[str | float | bool | None, ...]:
-        return self[:8]
-
-    @property
     def tensors(self) -> tuple[Any, ...]:
         return self[8:]

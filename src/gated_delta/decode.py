@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,9 +49,9 @@ def gated_delta_rule_decode(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = RecurrentCall(
+    call = (
         "gated_delta_rule_decode", scale, use_qk_l2norm, allow_neg_eigval, backend, True, None, False,
-        q, k, v, state, A_log, a, dt_bias, b, output,
+        q, k, v, state, A_log, a, dt_bias, b, output, None, None, None, None,
     )  # fmt: skip
     return run_recurrent(call, single=True), state
 
@@ -97,7 +99,7 @@ def gated_delta_rule_decode_pretranspose(
     """
     operators.flag("gated_delta_rule_decode_pretranspose", "disable_state_update", disable_state_update)
     states = operators.pool_choice(state, initial_state, initial_state_indices)
-    call = RecurrentCall(
+    call = (
         "gated_delta_rule_decode_pretranspose", scale, use_qk_l2norm, allow_neg_eigval, backend,
         not disable_state_update, null_slot, True, q, k, v, states, A_log, a, dt_bias, b, output,
         initial_state_indices, output_state_indices, None, intermediate_states_buffer,
@@ -105,11 +107,12 @@ def gated_delta_rule_decode_pretranspose(
     return run_recurrent(call, state_name="initial_state" if state is None else "state"), states
 
 
-def run_recurrent(call: RecurrentCall, *, state_name: str = "state", single: bool = False) -> Tensor:
-    """What every recurrent operator does; returns the output."""
-    planned = plans.run(call)
+def run_recurrent(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = False) -> Tensor:
+    """What every recurrent operator does with the fields of a :class:`RecurrentCall`; returns the output."""
+    planned = plans.run(fields)
     if planned is not None:
         return planned
+    call = RecurrentCall(*fields)
     args = operators.recurrent(call, state_name=state_name, single=single)
     request = dispatch.Request(call.where, call.q.device.type, call.q.dtype, args.sizes["K"], args.sizes["V"])
     backend = dispatch.choose(request, call.backend)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gated_delta.calls import RecurrentCall
-from gated_delta.validation import data
+from gated_delta.validation.data import CHECKED
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -31,21 +31,20 @@ class Plan(NamedTuple):
     tensors: int
     """How many there are to guard."""
     launch: Any
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
 
 
 _PLANS: dict[tuple[Any, ...], list[Plan]] = {}
 
 
 def _is_watched() -> bool:
-    """Whether a compiler, a dispatch mode or checked mode wants to see the call."""
-    return torch.compiler.is_compiling() or data.is_checked() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether a compiler, checked mode or a dispatch mode wants to see the call."""
+    return torch.compiler.is_compiling() or CHECKED.get() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def run(call: RecurrentCall) -> Tensor | None:
-    """Run a call for which there is a plan, and return its output; None if there is none."""
+def run(call: tuple[Any, ...]) -> Tensor | None:
+    """Run a call (the fields of a :class:`RecurrentCall`, in their order) for which there is a plan, and return its
+    output; None if there is none.
+    """
     if _is_watched():
         return None
     try:
@@ -54,35 +53,22 @@ def run(call: RecurrentCall) -> Tensor | None:
         return None
     if plans is None:
         return None
-    given = [x for x in call.tensors if x is not None]
+    q, k, v, state, A_log, a, dt_bias, b, output, read, write, token, snapshots = call[8:]
+    given = [x for x in call[8:] if x is not None]
     for plan in plans:
         if plan.tensors == len(given) and plan.guards.check(*given):
-            return _start(plan, *call.tensors)
+            into = torch.empty_like(v, memory_format=torch.contiguous_format) if output is None else output
+            pq, pk, pv, ps, po = q.data_ptr(), k.data_ptr(), v.data_ptr(), state.data_ptr(), into.data_ptr()
+            kept = 0 if snapshots is None else snapshots.data_ptr()
+            if (pq | pk | pv | ps | po | kept) % 16:  # what kernels access 16 bytes at a time
+                return None
+            plan.launch(
+                pq, pk, pv, ps, A_log.data_ptr(), a.data_ptr(), dt_bias.data_ptr(), b.data_ptr(), po,
+                None if read is None else read.data_ptr(), None if write is None else write.data_ptr(),
+                None if token is None else token.data_ptr(), None if snapshots is None else kept,
+            )  # fmt: skip
+            return into
     return None
-
-
-def _start(
-    plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    output: Tensor | None,
-    *optional: Tensor | None,
-) -> Tensor | None:
-    if output is None:
-        output = torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
-    wide = q.data_ptr(), k.data_ptr(), v.data_ptr(), state.data_ptr()
-    into, others = output.data_ptr(), [None if x is None else x.data_ptr() for x in optional]
-    # What kernels access 16 bytes at a time; the last one are the snapshots.
-    if (wide[0] | wide[1] | wide[2] | wide[3] | into | (others[-1] or 0)) % 16:
-        return None
-    plan.launch(*wide, A_log.data_ptr(), a.data_ptr(), dt_bias.data_ptr(), b.data_ptr(), into, *others)
-    return output
 
 
 def remember(call: RecurrentCall, output: Tensor, launch: Any) -> None:
@@ -97,13 +83,13 @@ def remember(call: RecurrentCall, output: Tensor, launch: Any) -> None:
     guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     alike = _PLANS.setdefault(_key(call), [])
     del alike[: max(0, len(alike) - MOST_ALIKE + 1)]
-    alike.append(Plan(guards, len(given), launch, output.shape, output.dtype, output.device))
+    alike.append(Plan(guards, len(given), launch))
 
 
-def _key(call: RecurrentCall) -> tuple[Any, ...]:
+def _key(call: tuple[Any, ...]) -> tuple[Any, ...]:
     """Options and their types (1 is not True), the shape of q, which tensors there are, whether gradients are on."""
+    _, scale, l2norm, neg_eigval, _, _, null_slot, _, q, *_, output, read, write, token, snapshots = call
     return (
-        *call.options, type(call.scale), type(call.use_qk_l2norm), type(call.allow_neg_eigval), type(call.null_slot),
-        call.q.shape, call.output is None, call.read_slots is None, call.write_slots is None,
-        call.token_slots is None, call.snapshots is None, torch.is_grad_enabled(),
+        call[:8], type(scale), type(l2norm), type(neg_eigval), type(null_slot), q.shape, output is None, read is None,
+        write is None, token is None, snapshots is None, torch.is_grad_enabled(),
     )  # fmt: skip

@@ -6,7 +6,6 @@ import warnings
 
 from torch import Tensor
 
-from gated_delta.calls import RecurrentCall
 from gated_delta.decode import run_recurrent
 from gated_delta.validation import operators
 
@@ -58,10 +57,10 @@ def gated_delta_rule_mtp(
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         disable_state_update = True
     operators.flag("gated_delta_rule_mtp", "disable_state_update", disable_state_update)
-    call = RecurrentCall(
+    call = (
         "gated_delta_rule_mtp", scale, use_qk_l2norm, allow_neg_eigval, backend, not disable_state_update, null_slot,
         True, q, k, v, initial_state, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices,
         ssm_state_indices, intermediate_states_buffer,
     )  # fmt: skip
-    operators.needs_slots(call)
+    operators.needs_slots("gated_delta_rule_mtp", initial_state_indices)
     return run_recurrent(call, state_name="initial_state"), initial_state

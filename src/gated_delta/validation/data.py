@@ -14,7 +14,7 @@ from torch import Tensor
 from gated_delta.calls import PrefillCall, RecurrentCall, slot_number
 from gated_delta.errors import DataError
 
-_checked: ContextVar[bool] = ContextVar("gated_delta_checked", default=os.environ.get("GATED_DELTA_CHECK", "0") == "1")
+CHECKED: ContextVar[bool] = ContextVar("gated_delta_checked", default=os.environ.get("GATED_DELTA_CHECK", "0") == "1")
 
 
 @contextmanager
@@ -26,15 +26,15 @@ def checked(enabled: bool = True) -> Iterator[None]:
 
     Raises :class:`gated_delta.errors.DataError` from the operator that finds a fault.
     """
-    token = _checked.set(enabled)
+    token = CHECKED.set(enabled)
     try:
         yield
     finally:
-        _checked.reset(token)
+        CHECKED.reset(token)
 
 
 def is_checked() -> bool:
-    return not torch.compiler.is_compiling() and _checked.get()
+    return not torch.compiler.is_compiling() and CHECKED.get()
 
 
 def prefill(call: PrefillCall) -> None:

@@ -114,10 +114,10 @@ def flag(where: str, name: str, value: object) -> None:
         Arguments(where).flag(name, value)
 
 
-def needs_slots(call: RecurrentCall) -> None:
+def needs_slots(where: str, read_slots: Tensor | None) -> None:
     """Several tokens always read a pool."""
-    if call.read_slots is None:
-        Arguments(call.where).needed("initial_state_indices", False, "initial_state is a pool")
+    if read_slots is None:
+        Arguments(where).needed("initial_state_indices", False, "initial_state is a pool")
 
 
 def _write_back(args: Arguments, call: RecurrentCall, layout: str) -> None:

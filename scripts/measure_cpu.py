@@ -76,7 +76,8 @@ def boundary() -> None:
         print(f"  {name}: {each(run):.1f} us")
     names = ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")
     options = ("gated_delta_rule_decode_pretranspose", None, True, False, "auto", True, None, True)
-    plans.remember(RecurrentCall(*options, *(inputs[name] for name in names), None), inputs["v"], lambda *args: None)
+    call = RecurrentCall._make((*options, *(inputs[name] for name in names), *[None] * 5))
+    plans.remember(call, inputs["v"], lambda *args: None)
     print(f"  the same by a plan: {each(timed['gated_delta_rule_decode_pretranspose']):.1f} us")
 
 

@@ -80,11 +80,9 @@ def rotating(batch: int, steps: int, heads: tuple[int, int], state: torch.dtype)
 
 
 def several(x: dict[str, Any], **options: Any) -> object:
-    """``gated_delta_rule_mtp`` on the states of a set as a pool."""
-    given = {name: value for name, value in x.items() if name != "state"}
-    slots = torch.arange(len(x["state"]), device=DEVICE, dtype=torch.int32) if "slots" not in x else x["slots"]
-    given.pop("slots", None)
-    return gd.gated_delta_rule_mtp(**given, initial_state=x["state"], initial_state_indices=slots, **options)
+    """``gated_delta_rule_mtp`` on the states of a set as a pool, read at its ``slots``."""
+    given = {name: value for name, value in x.items() if name not in ("state", "slots")}
+    return gd.gated_delta_rule_mtp(**given, initial_state=x["state"], initial_state_indices=x["slots"], **options)
 
 
 def ceilings() -> None:

@@ -118,6 +118,27 @@ def test_the_cpu_backend_refuses_other_devices() -> None:
     assert_fault(caught.value, BackendError, message)
 
 
+@pytest.mark.parametrize(("device", "installed", "reason"), [
+    ("cuda", False, "it needs the package triton, which is not installed"),
+    ("cpu", True, "it serves tensors on a GPU, and these are on cpu"),
+    ("meta", True, "it serves tensors on a GPU, and these are on meta"),
+])  # fmt: skip
+def test_what_the_triton_backend_refuses(
+    device: str, installed: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError) as caught:
+        dispatch.choose(request(device), "triton")
+    assert_fault(caught.value, BackendError, f"{DECODE}: backend is 'triton'; it must be another one: {reason}")
+
+
+@pytest.mark.parametrize("operator", dispatch.OPERATORS)
+def test_a_gpu_is_served_by_triton(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
+    assert gd.explain(operator, device="cuda").chosen == "triton"
+
+
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize(
     ("device", "head_k", "backend", "chosen"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gated_delta.errors import BackendError
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, prefill_inputs, to_device, with_state
@@ -349,6 +350,14 @@ def test_tiles_change_no_bit(tiles: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     after = run(inputs)
     assert_right(inputs, *after)
     assert DEVICE == "cpu" or all(same_bits(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_more_sequences_than_a_grid_has_room_for_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "MOST_SEQUENCES", 2)
+    message = "chunk_gated_delta_rule: cu_seqlens is of 3 sequences; it must be of at most 2 for the backend triton"
+    with pytest.raises(BackendError) as caught:
+        run(small())
+    assert str(caught.value) == message
 
 
 def test_tiles_fit_small_gpus() -> None:

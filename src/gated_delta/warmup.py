@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
+from tempfile import TemporaryFile
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -64,8 +65,9 @@ class _Shapes:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
     @property
-    def batches(self) -> list[int]:
-        return [1 << i for i in range(self.max_batch.bit_length()) if 1 << i <= self.max_batch]
+    def batches(self) -> range:
+        """Every size of batch: what a call launches depends on it, and asking costs little."""
+        return range(1, self.max_batch + 1)
 
 
 def warmup(
@@ -115,7 +117,7 @@ def warmup(
         for case in cases:
             case()
             advance()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     return Warmed(len(cases), time.perf_counter() - started)
 
 
@@ -123,29 +125,25 @@ def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> N
     """Run every case in one of ``count`` processes."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", "from gated_delta.warmup import _worker; _worker()"]
-    running: list[subprocess.Popen[str]] = []
-    try:
+    running: list[tuple[subprocess.Popen[str], IO[str]]] = []
+    with ExitStack() as stack:
         for i in range(count):
+            # A file, which a process can fill while nobody reads it; a pipe would stop it.
+            said = stack.enter_context(TemporaryFile("w+"))
             process = subprocess.Popen(
                 [*command, shapes.dumps(), str(i), str(count)], env=environment, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=said,
             )  # fmt: skip
-            running.append(process)
-        for process in running:
-            for _ in _lines(process.stdout):
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            running.append((process, said))
+        for process, said in running:
+            assert process.stdout is not None
+            for _ in process.stdout:
                 advance()
-            said = process.communicate()[1]
-            if process.returncode:
-                raise WarmupError(f"warmup: a worker process failed: {said.strip()[-2000:]}")
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-
-
-def _lines(stream: IO[str] | None) -> Iterator[str]:
-    assert stream is not None
-    return iter(stream.readline, "")
+            if process.wait():
+                said.seek(0)
+                raise WarmupError(f"warmup: a worker process failed: {said.read().strip()[-2000:]}")
 
 
 def _worker() -> None:
@@ -171,10 +169,7 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
 
 def _cases(s: _Shapes) -> list[Callable[[], object]]:
     """Every call that is made, slowest to compile first, so that processes share the work evenly."""
-    cases: list[Callable[[], object]] = [
-        partial(_prefill, s, 1, pooled=False), partial(_prefill, s, 1, pooled=True),
-        partial(_prefill, s, s.max_batch, pooled=True),
-    ]  # fmt: skip
+    cases: list[Callable[[], object]] = [partial(_prefill, s, pooled=pooled) for pooled in (False, True)]
     for given in (True, False):
         if s.num_spec:
             forms = ({}, {"update": True}, {"slots": True}, {"snapshots": True})
@@ -217,31 +212,32 @@ def _recurrent(
         )  # fmt: skip
 
 
-def _prefill(s: _Shapes, rows: int, *, pooled: bool) -> None:
-    """Short sequences as a layer has them (a pool, norms in the kernel), or with states of their own."""
+def _prefill(s: _Shapes, *, pooled: bool) -> None:
+    """Short sequences as a layer has them (a pool, norms in the kernel), or with states of their own: so many that the
+    states fill 256 processors, more than that change nothing.
+    """
     c, length = s.config, 16
-    total = rows * length
-    qkv = s.empty(total, c.conv_dim)
-    q, k, v = qkv.split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
     heads = (c.num_k_heads, c.head_k_dim)
-    states = s.empty(1, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=s.state_dtype)
-    gates = s.empty(total, c.num_v_heads, dtype=torch.float32)
-    x: dict[str, Any] = {
-        "q": q.unflatten(-1, heads), "k": k.unflatten(-1, heads),
-        "v": v.unflatten(-1, (c.num_v_heads, c.head_v_dim)), "g": gates, "beta": gates,
-        "cu_seqlens": torch.arange(rows + 1, dtype=torch.int32, device=s.device) * length,
-        "use_qk_l2norm_in_kernel": pooled,
-    }  # fmt: skip
-    if pooled:
-        pool, slots = states, torch.zeros(rows, dtype=torch.int32, device=s.device)
-        fresh = torch.zeros(rows, dtype=torch.bool, device=s.device)
-        output = torch.empty(total, c.num_v_heads, c.head_v_dim, dtype=s.dtype, device=s.device)
-        x |= {"initial_state": pool, "output_state": pool, "state_indices": slots, "output": output}
-        chunk_gated_delta_rule(**x)
-        chunk_gated_delta_rule(**x, has_initial_state=fresh)
-    else:
-        chunk_gated_delta_rule(**x, output_final_state=True)
-        chunk_gated_delta_rule(**x, initial_state=states, output_final_state=True)
+    for rows in s.batches[: 256 // c.num_v_heads + 1]:
+        total = rows * length
+        q, k, v = s.empty(total, c.conv_dim).split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
+        states = s.empty(rows, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=s.state_dtype)
+        gates = s.empty(total, c.num_v_heads, dtype=torch.float32)
+        x: dict[str, Any] = {
+            "q": q.unflatten(-1, heads), "k": k.unflatten(-1, heads),
+            "v": v.unflatten(-1, (c.num_v_heads, c.head_v_dim)), "g": gates, "beta": gates,
+            "cu_seqlens": torch.arange(rows + 1, dtype=torch.int32, device=s.device) * length,
+            "use_qk_l2norm_in_kernel": pooled,
+        }  # fmt: skip
+        if pooled:
+            fresh = torch.zeros(rows, dtype=torch.bool, device=s.device)
+            x |= {"initial_state": states, "output_state": states, "output": torch.empty_like(x["v"])}
+            x["state_indices"] = torch.arange(rows, dtype=torch.int32, device=s.device)
+            chunk_gated_delta_rule(**x)
+            chunk_gated_delta_rule(**x, has_initial_state=fresh)
+        else:
+            chunk_gated_delta_rule(**x, output_final_state=True)
+            chunk_gated_delta_rule(**x, initial_state=states, output_final_state=True)
 
 
 def _around(s: _Shapes) -> None:
@@ -266,6 +262,6 @@ def _around(s: _Shapes) -> None:
                 x[: s.num_spec + 1], conv_states, weight, state_indices=slots, num_accepted_tokens=accepted,
                 cu_seqlens=step,
             )  # fmt: skip
-    for rows in s.batches:
+    for rows in (1, s.max_batch):
         y = s.empty(rows, c.num_v_heads, c.head_v_dim)
         rms_norm_gated(y, y, s.empty(c.head_v_dim, dtype=torch.float32), c.norm_eps, c.output_gate)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from gated_delta.errors import BackendError
 from gated_delta.kernels.triton.launch import launch, strides
 from gated_delta.kernels.triton.prefill_chain import chain
 from gated_delta.kernels.triton.prefill_prepare import CHUNK, VECTORS, prepare
@@ -25,6 +26,8 @@ class Tiles(NamedTuple):
     """Iterations whose loads are under way, and that many again less one."""
 
 
+MOST_SEQUENCES = 65534
+"""What a dimension of a grid has room for, less the one for the tokens behind the last sequence."""
 PREPARE = Tiles(32, 1, 3)
 TOKENS = Tiles(8, 1, 4)
 """The same for any batch: sums over K take the order that the tile gives them."""
@@ -82,6 +85,9 @@ def prefill(
     checkpoint_every: int,
 ) -> None:
     (total, heads, head_v), head_k, count = output.shape, q.shape[2], cu_seqlens.shape[0] - 1
+    if count > MOST_SEQUENCES:
+        was, must = f"of {count} sequences", f"of at most {MOST_SEQUENCES} for the backend triton"
+        raise BackendError("chunk_gated_delta_rule", "cu_seqlens", was, must)
     source = final_state if in_place else initial_state
     gates = {"NORM": use_qk_l2norm, "LOG": log_gates}
     ratios = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}

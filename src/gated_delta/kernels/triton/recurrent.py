@@ -19,8 +19,8 @@ from gated_delta.kernels.triton.verify import verify
 
 MOST_AT_ONCE = 16
 """Tokens that :func:`verify` takes; calls of more go token by token."""
-CACHED_BYTES = 2**28
-"""States of fewer bytes are marked to leave the L2 first: it keeps weights and activations, and writes back earlier."""
+STREAMED_BYTES = 2**28
+"""States of up to so many bytes are marked to leave the L2 first: it writes back earlier, and keeps all else longer."""
 
 
 class Tile(NamedTuple):
@@ -130,13 +130,14 @@ def _work(
     rows, steps, heads, head_v = v.shape
     kept = token_slots is not None or snapshots is not None
     kernel, tile, constants = _choice(rows * heads, steps, q.shape[-1], state, state_v_first, update_state, kept)
+    # With fewer values a row of a small K would be spread over other lanes than in larger tiles.
     block_v = min(max(tile.values, 512 // (q.shape[-1] * state.element_size())), int(triton.next_power_of_2(head_v)))
-    cached = rows * heads * head_v * q.shape[-1] * state.element_size() > CACHED_BYTES
+    streamed = rows * heads * head_v * q.shape[-1] * state.element_size() <= STREAMED_BYTES
     constants |= {
         "HV": heads, "R": heads // q.shape[2], "K": q.shape[-1], "V": head_v, "BV": block_v,
         "NORM": use_qk_l2norm, "NEG_EIGVAL": allow_neg_eigval, "UPDATE": update_state,
         "WIDE": _is_wide(state) or _is_wide(snapshots), "ZERO_PADDING": zero_padding,
-        "EVICT": "" if cached else "evict_first",
+        "EVICT": "evict_first" if streamed else "",
     }  # fmt: skip
     tensors = (q, k, v, state, A_log, a, dt_bias, b, output, read_slots, write_slots, token_slots, snapshots)
     numbers = (

@@ -29,6 +29,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that a program may take, by generation."""
 BF16, FP16, FP32, INT = torch.bfloat16, torch.float16, torch.float32, torch.int32
+newest_assembler: Any = import_module("gated_delta.kernels.triton.launch").newest_assembler
 OPERATORS: Any = import_module("gated_delta.kernels.triton")
 HOSTS: dict[str, Any] = {
     name: import_module(f"gated_delta.kernels.triton.{name}") for name in ("recurrent", "prefill", "conv", "norm")
@@ -62,14 +63,15 @@ def recurrent(
     )  # fmt: skip
 
 
-def prefill(sequences: int, *, dtype: torch.dtype = BF16) -> None:
+def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, head_v: int = 128) -> None:
     """Four thousand tokens over a pool of fp32 states, with checkpoints."""
-    q, v, gate = empty(4096, 16, 128, dtype=dtype), empty(4096, 32, 128, dtype=dtype), empty(4096, 32, dtype=FP32)
-    pool, starts = empty(sequences, 32, 128, 128, dtype=FP32), empty(sequences + 1, dtype=INT)
+    q, v = empty(4096, 16, head_k, dtype=dtype), empty(4096, 32, head_v, dtype=dtype)
+    gate, pool = empty(4096, 32, dtype=FP32), empty(sequences, 32, head_v, head_k, dtype=FP32)
+    starts = empty(sequences + 1, dtype=INT)
     slots = empty(sequences, dtype=INT)
     OPERATORS.prefill(
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, True, True,
-        torch.empty_like(v), True, pool, empty(64, 32, 128, 128, dtype=FP32), starts, 64,
+        torch.empty_like(v), True, pool, empty(64, 32, head_v, head_k, dtype=FP32), starts, 64,
     )  # fmt: skip
 
 
@@ -115,8 +117,12 @@ TOKENS: dict[str, Callable[[], None]] = {
 PREFILL: dict[str, Callable[[], None]] = {
     "many states": lambda: prefill(64),
     "fp32": lambda: prefill(64, dtype=FP32),
+    "fp16": lambda: prefill(64, dtype=torch.float16),
+    "one sequence": lambda: prefill(1),
+    "heads of 64": lambda: prefill(64, head_k=64, head_v=64),
+    "heads of 96 and 192": lambda: prefill(64, head_k=96, head_v=192),
+    "heads of 256": lambda: prefill(64, head_k=256, head_v=256),
 }
-"""Prefill's cases are to be added here."""
 LAYER: dict[str, Callable[[], None]] = {
     "conv": conv,
     "conv update": lambda: conv_update(empty(65, 3, 8192).transpose(1, 2)),
@@ -137,7 +143,7 @@ def recorded(case: Callable[[], None], shared: int) -> list[Launch]:
 
     for host in HOSTS.values():
         host.launch = launch
-    HOSTS["prefill"]._shared_memory = lambda device: shared
+    HOSTS["prefill"]._shared_memory, HOSTS["prefill"]._processors = lambda device: shared, lambda device: 132
     case()
     return found
 
@@ -149,7 +155,9 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     bind: Any = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, traits, rest = bind(*launch.args, **launch.constants, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, rest, bound, traits, None)
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    with newest_assembler(divmod(target.arch, 10)):
+        return triton.compile(source, target=target, options=options)
 
 
 def figures(binary: bytes) -> dict[str, Any]:
@@ -162,8 +170,25 @@ def figures(binary: bytes) -> dict[str, Any]:
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     registers, stack, local = (int(x) for x in re.findall(r"(?:REG|STACK|LOCAL):(\d+)", usage)[:3])
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
-    return {"registers": registers, "stack": stack, "local": local, "instructions": names}
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?) *;", code)
+    names = [line.split()[0] for line in lines]
+    usage = {"registers": registers, "stack": stack, "local": local}
+    return {**usage, "instructions": names, "wrong_descriptors": wrong_descriptors(lines)}
+
+
+def wrong_descriptors(lines: list[str]) -> list[str]:
+    """Where the upper half of a wgmma descriptor, a constant above 2^29, is added to what is not a cleared register."""
+    written: dict[str, str] = {}
+    found: list[str] = []
+    for line in lines:
+        upper = re.match(r"UIADD3\.X \w+, (UR\d+), -?0x[2-9a-f]\w{7}, URZ", line)
+        if upper and not written.get(upper[1], "").startswith(f"UMOV {upper[1]}, URZ"):
+            found.append(f"{line}, after {written.get(upper[1])}")
+        target = re.match(r"(?!HGMMA|ST)\S+ (?:UP\d, )?(UR)(\d+)", line)
+        if target:
+            wide = ".64" in line.split()[0] or ".WIDE" in line.split()[0]
+            written |= {f"UR{int(target[2]) + i}": line for i in range(1 + wide)}
+    return found
 
 
 def results(capability: int, groups: list[str]) -> Iterator[dict[str, Any]]:

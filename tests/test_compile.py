@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import compile_kernels
+from gated_delta.errors import BackendError
+from gated_delta.kernels.triton import launch
 
 Kernels = dict[str, dict[str, Any]]
 """By case and kernel."""
@@ -26,7 +28,7 @@ LENGTHS = {
     "K-major bf16": 1368,
 }
 """Instructions of one token by Triton 3.6 for sm_90. A fifth more is a change that should be looked at."""
-SPILLED = {"prepare": 136, "chain": 48}
+SPILLED = {"chain": 32}
 """Bytes of the stack that kernels may take; all others none."""
 
 
@@ -54,6 +56,7 @@ def assert_in_registers(kernels: Kernels) -> None:
     found = {name: (x["registers"], x["stack"], x["local"]) for name, x in kernels.items()}
     allowed = {name: SPILLED.get(x["kernel"], 0) for name, x in kernels.items()}
     assert {name: x for name, x in found.items() if x[0] > 255 or x[1] > allowed[name] or x[2] > 0} == {}
+    assert {name: x["wrong_descriptors"] for name, x in kernels.items() if x["wrong_descriptors"]} == {}
 
 
 def test_decode(build: Callable[..., Kernels]) -> None:
@@ -98,3 +101,31 @@ def test_other_generations(build: Callable[..., Kernels]) -> None:
         assert {x["case"] for x in own} == compile_kernels.ONE_OF_EACH
         assert {x["kernel"] for x in own} >= known
         assert all(x["shared"] <= compile_kernels.SHARED[capability] for x in own)
+
+
+def test_a_descriptor_made_from_another_register_is_found() -> None:
+    before = ["S2UR UR6, SR_CTAID.X", "UMOV UR9, URZ", "UIADD3 UR10, UP0, UR6, 0x20, URZ"]
+    wrong = "UIADD3.X UR11, UR6, -0x3ffffff0, URZ, UP0, !UPT"
+    assert compile_kernels.wrong_descriptors([*before, wrong]) == [f"{wrong}, after {before[0]}"]
+    assert compile_kernels.wrong_descriptors([*before, wrong.replace("UR6", "UR9")]) == []
+    assert compile_kernels.wrong_descriptors([*before, "UIADD3.64 UR8, UR6, 0x2, URZ", wrong.replace("UR6", "UR9")])
+
+
+def test_the_newer_assembler_is_used_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia, versions = launch.knobs.nvidia, []
+    monkeypatch.setattr(launch, "_version", lambda tool: (12, 8) if tool.path == nvidia.ptxas.path else (13, 1))
+    default = nvidia.ptxas.path
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        with launch.newest_assembler(capability):
+            versions.append(nvidia.ptxas.path)
+    assert versions == [default, nvidia.ptxas_blackwell.path, default]
+    assert nvidia.ptxas.path == default
+
+
+def test_an_assembler_with_the_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_version", lambda tool: (12, 8))
+    with (
+        pytest.raises(BackendError, match=r"triton: ptxas is .* of version 12\.8; it must be 12\.9 or later on Hopper"),
+        launch.newest_assembler((9, 0)),
+    ):
+        pass

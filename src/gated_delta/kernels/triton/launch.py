@@ -7,13 +7,17 @@ alone. It calls the compiled kernel as ``JITFunction.run`` does (unchanged from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.runtime.interpreter import InterpretedFunction
+
+from gated_delta.errors import BackendError
 
 Start = Callable[..., None]
 """Runs a bound kernel on the current stream of its device; takes what is not bound, pointers as numbers."""
@@ -42,11 +46,37 @@ def bind(
     key = (kernel.fn, device, warps, stages, rest, *map(_trait, args))
     compiled = _COMPILED.get(key)
     if compiled is None:
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), newest_assembler(torch.cuda.get_device_capability()):
             compiled = kernel.warmup(*args, *rest, grid=grid, num_warps=warps, num_stages=stages)
             compiled._init_handles()  # loads it onto this device
         _COMPILED[key] = compiled
     return _start(compiled, (*grid, 1, 1)[:3], (*args[len(args) - bound :], *rest), device)
+
+
+@contextmanager
+def newest_assembler(capability: tuple[int, int]) -> Iterator[None]:
+    """On Hopper, compile with the newer of the two assemblers that Triton brings (``TRITON_PTXAS_PATH`` and
+    ``TRITON_PTXAS_BLACKWELL_PATH`` name others). ptxas 12.8, which Triton 3.6 and 3.7 would take, forgets to clear a
+    register from which it makes descriptors of wgmma's operands, so that products read elsewhere (docs/kernels.md).
+
+    Raises:
+        BackendError: neither is of version 12.9 or later.
+    """
+    if capability[0] != 9:
+        yield
+        return
+    version, path = max((_version(tool), tool.path) for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell))
+    if version < (12, 9):
+        was, must = f"{path} of version {'.'.join(map(str, version))}", "12.9 or later on Hopper"
+        raise BackendError("triton", "ptxas", was, must)
+    get_ptxas_version(10 * capability[0])  # is a part of all names in Triton's disk cache, and asked for but once
+    with knobs.nvidia.scope():
+        knobs.nvidia.ptxas = path
+        yield
+
+
+def _version(tool: Any) -> tuple[int, ...]:
+    return tuple(map(int, tool.version.split(".")))
 
 
 def _start(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...], device: int) -> Start:

@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
 
 MOST_SEQUENCES = 65534
 """What a dimension of a grid has room for, less the one for the tokens behind the last sequence."""
-PREPARE = Tiles(32, 1, 3)
+PREPARE = Tiles(128, 4, 1)
 TOKENS = Tiles(8, 1, 4)
 """The same for any batch: sums over K take the order that the tile gives them."""
 
@@ -126,11 +126,12 @@ def _prepared(
     work = q.new_empty(slots, heads, head_k + CHUNK, CHUNK)
     vectors = q.new_empty(slots, heads, VECTORS, dtype=torch.float32)
     args = (
-        q, k, g, beta, cu_seqlens, state_indices, work, vectors, null_slot, count, head_k,
+        q, k, g, beta, cu_seqlens, state_indices, work, vectors, null_slot, count,
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0), *strides(beta, 0), *strides(cu_seqlens, 0),
         *strides(state_indices, 0),
     )  # fmt: skip
-    constants = {**ratios, "BC": PREPARE.columns, "STAGES": PREPARE.stages, **gates}
+    columns = min(PREPARE.columns, triton.next_power_of_2(head_k))
+    constants = {**ratios, "K": head_k, "BC": columns, **gates}
     if count > 0:
         launch(prepare, (slots, heads), args, constants, warps=PREPARE.warps, stages=PREPARE.stages)
     return work, vectors

@@ -5,7 +5,10 @@ with S as [K, V], and Kt the keys decayed to the chunk's end). T, P and Kt need 
 ``Y = V - diag(d) K S`` it is ``S' = d_C S + X^T Y`` and ``O = diag(d) Q S + P' Y``, where ``X = T^T Kt`` and
 ``P' = P T``. This kernel makes X^T and P' (rounded to q's dtype), the scan over chunks has two products left.
 
-* Everything triangular is held as blocks of 32 x 32, so that nothing above the diagonal is computed.
+* One program has four warps, a warp 16 rows of every matrix of 64. What is computed is the left operand of a product in
+  the registers that it was computed in, or the right one by way of shared memory, so nothing else is moved.
+* A block diagonal matrix is kept "folded": its blocks below each other. As a right operand it is as narrow as a block,
+  as a left one it is unfolded, in registers.
 * The L2 norm is a factor of a row of q or k, and commutes with every product: q and k enter as they are stored.
 * A decay between two tokens is ``2^(G_i - G_j)`` with G a running sum of logarithms. Each logarithm is split into a
   multiple of 1/8, whose sums and differences are exact, and a rest below 1/8, so a strong decay early in a chunk costs
@@ -28,9 +31,10 @@ CHUNK = 64
 VECTORS = 8 * CHUNK
 # Vectors of 64 numbers for each chunk. For the scan: what multiplies the rows of K S and Q S, and the decay of S.
 FROM_K, FROM_Q, DECAY = tl.constexpr(0), tl.constexpr(64), tl.constexpr(128)
-# For this kernel: G's exact part, 2^rest, beta; then what a key's row and column of its triangle take.
-HIGH, REST, BETA = tl.constexpr(192), tl.constexpr(256), tl.constexpr(320)
-ROW, COLUMN = tl.constexpr(384), tl.constexpr(448)
+# For this kernel: G's exact part, 2^rest and its inverse, beta, and the factors that normalise k and q; that of q gives
+# way to FROM_Q.
+HIGH, REST, INVERSE, BETA = tl.constexpr(192), tl.constexpr(256), tl.constexpr(320), tl.constexpr(384)
+NORM_K, NORM_Q = tl.constexpr(448), tl.constexpr(64)
 
 
 @triton.jit
@@ -50,55 +54,109 @@ def sequence_of(cu_seqlens, stride, N, place):
 @triton.jit
 def parts(x, dtype: tl.constexpr):
     """fp32 as a sum of two numbers of 16 bits."""
-    high = x.to(dtype)
-    return high, (x - high.to(tl.float32)).to(dtype)
+    if dtype == tl.bfloat16:  # cut, not rounded: what is left is exact, and scalar conversions are slow
+        high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        high = x.to(dtype).to(tl.float32)
+    return high.to(dtype), (x - high).to(dtype)
 
 
 @triton.jit
-def product3(x, y):
+def product(x_high, x_low, y_high, y_low):
     """``x @ y`` in fp32 to about 16 bits, as three products of bf16 parts."""
-    x_high, x_low = parts(x, tl.bfloat16)
-    y_high, y_low = parts(y, tl.bfloat16)
     return tl.dot(x_high, y_high, tl.dot(x_high, y_low, tl.dot(x_low, y_high)))
 
 
 @triton.jit
-def product2(x, y, total):
-    """``total + x @ y`` of stored x and fp32 y, which enters in two parts of x's dtype."""
-    y_high, y_low = parts(y, x.dtype)
-    return tl.dot(x, y_high, tl.dot(x, y_low, total))
+def product2(x, y, dtype: tl.constexpr):
+    """``x @ y`` of x in 16 bits and fp32 y, which enters in two parts."""
+    high, low = parts(y, dtype)
+    return tl.dot(x, high, tl.dot(x, low))
 
 
 @triton.jit
-def substitute(N):
-    """``(I + N)^-1`` of four strictly lower triangular blocks of 16 by forward substitution, a column at a time.
+def beside(left, right):
+    """``[left, right]``; every thread keeps what it has."""
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [left.shape[0], 2 * left.shape[1]])
 
-    Shape [16, 2, 32] (row; pair; block of the pair, column): with two warps a thread holds one column of X, and a
-    column of N comes from a neighbour.
+
+@triton.jit
+def odd(B: tl.constexpr):
+    """Whether a row is in every second block of B rows."""
+    return (tl.arange(0, 64) // B % 2 == 1)[:, None]
+
+
+@triton.jit
+def unfold(x, RIGHT: tl.constexpr):
+    """``[64, 64]`` of pairs of blocks on the diagonal: 0 above, and below a block of x, to the left or right. The
+    blocks of x that this leaves out are 0.
     """
-    r = tl.arange(0, 16)[:, None, None]
-    lane = tl.arange(0, 32)[None, None, :]
-    X = tl.where(r == lane % 16, 1.0, 0.0) + tl.zeros_like(N)
+    x = beside(tl.zeros_like(x), x) if RIGHT else beside(x, tl.zeros_like(x))
+    if x.shape[1] == 32:
+        x = beside(tl.where(odd(32), 0.0, x), tl.where(odd(32), x, 0.0))
+    return parts(x, tl.bfloat16)
+
+
+@triton.jit
+def row_of(x, at: tl.constexpr):
+    """``x[:, at]`` as a column."""
+    return tl.sum(tl.where(tl.arange(0, 8)[None, :] == at, x, -0.0), axis=1)[:, None]
+
+
+@triton.jit
+def substitute(own, scratch):
+    """``(I + N)^-1`` of four strictly lower triangular blocks N of 16, folded, by forward substitution.
+
+    The inverse is held transposed, in two halves, so that two threads share a column. N goes through memory, transposed
+    too, as each of its numbers is needed by all 16 columns.
+    """
+    n, m, r = tl.arange(0, 64), tl.arange(0, 16), tl.arange(0, 8)[None, :]
+    tl.store(scratch + (n // 16 * 256 + n % 16)[:, None] + 16 * m[None, :], own)
+    tl.debug_barrier()
+    N = scratch + (n // 16 * 256)[:, None] + r
+    top, bottom = tl.where(r == n[:, None] % 16, 1.0, 0.0), tl.where(r + 8 == n[:, None] % 16, 1.0, 0.0)
     for j in tl.static_range(15):
-        row = tl.sum(tl.where(r == j, X, -0.0), axis=0)
-        X -= tl.gather(N, tl.broadcast_to(lane // 16 * 16 + j, N.shape), axis=2) * row[None, :, :]
-    return X
+        if j < 8:
+            row = row_of(top, j)
+            top -= tl.load(N + 16 * j) * row
+        else:
+            row = row_of(bottom, j - 8)
+        bottom -= tl.load(N + 16 * j + 8) * row
+    X = tl.permute(tl.join(top, bottom), [0, 2, 1])  # [block and column, half, row of it]
+    return tl.reshape(tl.permute(tl.reshape(X, [4, 16, 16]), [0, 2, 1]), [64, 16])
 
 
 @triton.jit
-def invert(a, b):
-    """``(I + a)^-1`` and ``(I + b)^-1`` of strictly lower triangular ``[32, 32]``: blocks of 16, then
-    ``[[A, 0], [C, D]]^-1 = [[A^-1, 0], [-D^-1 C A^-1, D^-1]]``.
+def halves(x):
+    """The left and the right half of x; every thread keeps what it has."""
+    return tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]).split()
+
+
+@triton.jit
+def widen(x, C):
+    """Inverses of blocks twice as wide, ``[[A, 0], [C, D]]^-1 = [[A^-1, 0], [-D^-1 C A^-1, D^-1]]``, folded: from
+    ``[[A^-1], [D^-1]]`` and ``[[0], [C]]``.
     """
-    blocks = tl.permute(tl.reshape(tl.join(a, b), [2, 16, 2, 16, 2]), [1, 4, 3, 0, 2])
-    left, right = blocks.split()
-    A, C = left.split()  # [row, a or b, column]
-    _, D = right.split()
-    both = substitute(tl.reshape(tl.permute(tl.join(A, D), [0, 1, 3, 2]), [16, 2, 32]))
-    A, D = tl.permute(tl.reshape(both, [16, 2, 2, 16]), [1, 0, 3, 2]).split()  # [a or b, row, column]
-    C = -product3(D, product3(tl.permute(C, [1, 0, 2]), A))
-    whole = tl.join(tl.join(A, tl.zeros_like(A)), tl.join(C, D))  # [a or b, row, column, right?, lower?]
-    return tl.reshape(tl.permute(whole, [4, 1, 3, 2, 0]), [32, 32, 2]).split()
+    B: tl.constexpr = x.shape[1]
+    x_high, x_low = parts(x, tl.bfloat16)
+    left_high, left_low = unfold(C, 0)
+    y = product(left_high, left_low, x_high, x_low)
+    y_high, y_low = parts(y, tl.bfloat16)
+    left_high, left_low = unfold(tl.where(odd(B), x, y), 1)  # y is 0 there, and lies as a left operand must
+    y = product(left_high, left_low, y_high, y_low)
+    return beside(tl.where(odd(B), -y, x), tl.where(odd(B), x, 0.0))
+
+
+@triton.jit
+def invert(N, scratch):
+    """``(I + N)^-1`` of strictly lower triangular N, whose diagonal is not looked at: blocks of 16, then pairs."""
+    left, right = halves(N)
+    C32 = tl.where(odd(32), left, 0.0)
+    left, right = halves(tl.where(odd(32), right, left))
+    C16 = tl.where(odd(16), left, 0.0)
+    own = tl.where(tl.arange(0, 64)[:, None] % 16 > tl.arange(0, 16)[None, :], tl.where(odd(16), right, left), 0.0)
+    x = widen(substitute(own, scratch), C16)
+    return widen(x, C32)
 
 
 @triton.jit
@@ -117,90 +175,57 @@ def log2_decay(g, first, stride, inside, LOG: tl.constexpr):
 
 
 @triton.jit
-def triangle(x, y, x_row, y_row, in_a, in_b, columns, BC: tl.constexpr, STAGES: tl.constexpr):
-    """``x @ y^T`` of 64 rows each in blocks of 32, without the upper right one, and the squared norms of x's rows."""
-    aa, bb = tl.zeros([32, 32], tl.float32), tl.zeros([32, 32], tl.float32)
-    ba = tl.zeros([32, 32], tl.float32)
-    square_a, square_b = tl.zeros([32], tl.float32), tl.zeros([32], tl.float32)
-    for at in tl.range(0, columns, BC, num_stages=STAGES):
-        xa, xb = tl.load(x + at, mask=in_a, other=0.0), tl.load(x + at + 32 * x_row, mask=in_b, other=0.0)
-        ya, yb = tl.load(y + at, mask=in_a, other=0.0), tl.load(y + at + 32 * y_row, mask=in_b, other=0.0)
-        square_a += tl.sum(xa.to(tl.float32) * xa.to(tl.float32), axis=1)
-        square_b += tl.sum(xb.to(tl.float32) * xb.to(tl.float32), axis=1)
-        aa, ba, bb = tl.dot(xa, tl.trans(ya), aa), tl.dot(xb, tl.trans(ya), ba), tl.dot(xb, tl.trans(yb), bb)
-    return aa, ba, bb, square_a, square_b
-
-
-@triton.jit
-def store_gates(vectors, g, beta, first, end, head, g_row, beta_row, LOG: tl.constexpr):
-    """Gates of a chunk, kept in memory so that every use has them where it needs them; both parts of G at its end."""
+def store_gates(vectors, g, beta, first, length, head, g_row, beta_row, LOG: tl.constexpr):
+    """Gates of a chunk, kept in memory so that every use has them where it needs them."""
     n = tl.arange(0, 64)
-    inside = first + n < end
-    log_alpha = log2_decay(g, first * g_row + head, g_row, inside, LOG)
+    log_alpha = log2_decay(g, first * g_row + head, g_row, n < length, LOG)
     high = tl.floor(log_alpha * 8.0 + 0.5) * 0.125
-    all_high, all_rest = tl.sum(high, axis=0), tl.exp2(tl.sum(log_alpha - high, axis=0))
-    tl.store(vectors + HIGH + n, tl.cumsum(high, axis=0))
-    tl.store(vectors + REST + n, tl.exp2(tl.cumsum(log_alpha - high, axis=0)))
-    tl.store(vectors + DECAY + n, tl.exp2(all_high) * all_rest + tl.zeros([64], tl.float32))
     strength = tl.full([64], 1.0, tl.float32)
     if beta is not None:
-        strength = tl.load(beta + first * beta_row + head + n * beta_row, mask=inside, other=0.0).to(tl.float32)
-    tl.store(vectors + BETA + n, tl.where(inside, strength, 0.0))
-    return all_high, all_rest
+        strength = tl.load(beta + first * beta_row + head + n * beta_row, mask=n < length, other=0.0).to(tl.float32)
+    tl.store(vectors + BETA + n, tl.where(n < length, strength, 0.0))
+    rest = tl.cumsum(log_alpha - high, axis=0)
+    tl.store(vectors + REST + n, tl.exp2(rest))
+    tl.store(vectors + INVERSE + n, tl.exp2(-rest))
+    tl.store(vectors + HIGH + n, tl.cumsum(high, axis=0))
 
 
 @triton.jit
-def inverse_norm(square, NORM: tl.constexpr):
-    """The factor of each row, 1 unless rows are to be normalised."""
-    return tl.rsqrt(square + 1e-6) if NORM else tl.full(square.shape, 1.0, tl.float32)
+def diagonal(x):
+    """The diagonal of x, which lies in its diagonal blocks of 16."""
+    left, right = halves(x)
+    left, right = halves(tl.where(odd(32), right, left))
+    block = tl.where(odd(16), right, left)
+    return tl.sum(tl.where(tl.arange(0, 64)[:, None] % 16 == tl.arange(0, 16)[None, :], block, 0.0), axis=1)
 
 
 @triton.jit
-def store_keys(vectors, i, norm):
-    """What the gates of tokens i and the norms of their keys make of rows and columns."""
-    rest, start = tl.load(vectors + REST + i), tl.exp2(tl.load(vectors + HIGH + i))
-    tl.store(vectors + ROW + i, tl.load(vectors + BETA + i) * rest * norm)
-    tl.store(vectors + COLUMN + i, norm / rest)
-    tl.store(vectors + FROM_K + i, start * rest * norm)
+def store_norms(vectors, KK, QQ, NORM: tl.constexpr):
+    """The factor of each row of k and of q, 1 unless rows are to be normalised."""
+    n, which = tl.arange(0, 64), tl.arange(0, 2)
+    squares = tl.full([64, 2], 1.0, tl.float32)
+    if NORM:
+        squares = tl.rsqrt(tl.join(diagonal(KK), diagonal(QQ)) + 1e-6)
+    tl.store(vectors + NORM_K + (NORM_Q - NORM_K) * which[None, :] + n[:, None], squares)
 
 
 @triton.jit
-def store_queries(vectors, i, norm):
-    """The same for queries."""
-    row = tl.load(vectors + REST + i) * norm
-    tl.store(vectors + FROM_Q + i, tl.exp2(tl.load(vectors + HIGH + i)) * row)
-    return row
+def store_factors(vectors):
+    """What the scan multiplies rows with, and the decay of its state. Overwrites the factors that normalise q."""
+    n = tl.arange(0, 64)
+    start = tl.exp2(tl.load(vectors + HIGH + n)) * tl.load(vectors + REST + n)
+    tl.store(vectors + FROM_K + n, start * tl.load(vectors + NORM_K + n))
+    tl.store(vectors + FROM_Q + n, start * tl.load(vectors + NORM_Q + n))
+    tl.store(vectors + DECAY, tl.exp2(tl.load(vectors + HIGH + 63)) * tl.load(vectors + REST + 63))
 
 
-@triton.jit
-def gated(product, vectors, i, j, row):
-    """``product_ij`` times the decay from token j to token i and what else row i and key j take."""
-    high = tl.load(vectors + HIGH + i)[:, None] - tl.load(vectors + HIGH + j)[None, :]
-    decay = tl.exp2(tl.minimum(high, 100.0))  # finite above the diagonal too
-    return product * (decay * row[:, None]) * tl.load(vectors + COLUMN + j)[None, :]
-
-
-@triton.jit
-def solve(aa, ba, bb, vectors, a, b):
-    """T from the triangle of k."""
-    row_a, row_b = tl.load(vectors + ROW + a), tl.load(vectors + ROW + b)
-    aa = tl.where(a[:, None] > a[None, :], gated(aa, vectors, a, a, row_a), 0.0)
-    bb = tl.where(b[:, None] > b[None, :], gated(bb, vectors, b, b, row_b), 0.0)
-    Taa, Tbb = invert(aa, bb)
-    Tba = -product3(Tbb, product3(gated(ba, vectors, b, a, row_b), Taa))
-    beta_a, beta_b = tl.load(vectors + BETA + a)[None, :], tl.load(vectors + BETA + b)[None, :]
-    return Taa * beta_a, Tba * beta_a, Tbb * beta_b
-
-
-@triton.jit(do_not_specialize=["N", "null_slot", "columns"])
+@triton.jit(do_not_specialize=["N", "null_slot"])
 def prepare(
-    q, k, g, beta, cu_seqlens, slots, work, vectors, null_slot, N, columns,
+    q, k, g, beta, cu_seqlens, slots, work, vectors, null_slot, N,
     q_row, q_head, k_row, k_head, g_row, beta_row, cu_stride, slot_stride,
-    RQ: tl.constexpr, RK: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, LOG: tl.constexpr,
+    RQ: tl.constexpr, RK: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one state head. RQ, RK: state heads to a head of q and of k. BC: columns of q and k at a time, a
-    divisor of their number, which is known at run time only, so that no loop is unrolled into the next.
-    """
+    """One chunk of one state head. RQ, RK: state heads to a head of q and of k. BC: columns of q and k at a time."""
     place, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence = sequence_of(cu_seqlens, cu_stride, N, place)
     begin = tl.load(cu_seqlens + sequence * cu_stride).to(tl.int64)
@@ -210,49 +235,56 @@ def prepare(
         return
     if slot_of(slots, slot_stride, tl.full([], 0, tl.int32) + sequence, null_slot) < 0:
         return
-    a, c = tl.arange(0, 32), tl.arange(0, BC)  # a: the first 32 tokens, b: the last
-    b = 32 + a
+    n, c = tl.arange(0, 64), tl.arange(0, BC)
+    i, j = n[:, None], n[None, :]
     chunk = place.to(tl.int64) * tl.num_programs(1) + head
-    work += chunk * ((columns + 64) * 64)
+    work += chunk * ((K + 64) * 64)
     vectors += chunk * (8 * 64)
+    k_tile = k + first * k_row + (head // RK) * k_head + c[None, :] + n.to(tl.int64)[:, None] * k_row
+    q_tile = q + first * q_row + (head // RQ) * q_head + c[None, :] + n.to(tl.int64)[:, None] * q_row
+    length = tl.minimum(end - first, 64).to(tl.int32)
+    inside = (n < length)[:, None]
 
-    all_high, all_rest = store_gates(vectors, g, beta, first, end, head, g_row, beta_row, LOG)
+    KK, QK = tl.zeros([64, 64], tl.float32), tl.zeros([64, 64], tl.float32)
+    QQ = tl.zeros([64, 64], tl.float32)  # for its diagonal: cheaper than sums over rows
+    for at in tl.static_range(0, K, BC):
+        mask = inside & (at + c < K)[None, :] if at + BC > K else inside
+        kt, qt = tl.load(k_tile + at, mask=mask, other=0.0), tl.load(q_tile + at, mask=mask, other=0.0)
+        if at == 0:  # here, while q and k are on their way
+            store_gates(vectors, g, beta, first, length, head, g_row, beta_row, LOG)
+        if NORM:
+            QQ = tl.dot(qt, tl.trans(qt), QQ)
+        KK, QK = tl.dot(kt, tl.trans(kt), KK), tl.dot(qt, tl.trans(kt), QK)
+    store_norms(vectors, KK, QQ, NORM)
+    tl.debug_barrier()
 
-    # T, from the triangle of k.
-    in_a, in_b = (first + a < end)[:, None], (first + b < end)[:, None]
-    k_tile = k + first * k_row + (head // RK) * k_head + a.to(tl.int64)[:, None] * k_row + c[None, :]
-    q_tile = q + first * q_row + (head // RQ) * q_head + a.to(tl.int64)[:, None] * q_row + c[None, :]
-    aa, ba, bb, square_a, square_b = triangle(k_tile, k_tile, k_row, k_row, in_a, in_b, columns, BC, STAGES)
-    tl.debug_barrier()
-    store_keys(vectors, a, inverse_norm(square_a, NORM))
-    store_keys(vectors, b, inverse_norm(square_b, NORM))
-    tl.debug_barrier()
-    Taa, Tba, Tbb = solve(aa, ba, bb, vectors, a, b)
+    # Triangles of k, and of q and k.
+    high, rest = tl.load(vectors + HIGH + n), tl.load(vectors + REST + n)
+    norm = tl.load(vectors + NORM_K + n)
+    column = norm * tl.load(vectors + INVERSE + n)
+    decay = tl.exp2(tl.where(i >= j, high[:, None] - high[None, :], -1000.0)) * column[None, :]  # 0 above the diagonal
+    P = (QK * (decay * (tl.load(vectors + NORM_Q + n) * rest)[:, None])).to(q.dtype.element_ty)
+    N = KK * (decay * (tl.load(vectors + BETA + n) * rest * norm)[:, None])
+    T = invert(N, work.to(tl.pointer_type(tl.float32), bitcast=True))
+
+    store_factors(vectors)  # behind the barrier of invert
+
+    # Here and below: loaded again rather than kept in registers.
+    T *= tl.load(vectors + BETA + n)[None, :]
 
     # P' = P T, a row of 64 behind those of X^T.
-    tl.debug_barrier()  # here and below: so that nothing loaded so far is kept in registers for later
-    aa, ba, bb, square_a, square_b = triangle(q_tile, k_tile, q_row, k_row, in_a, in_b, columns, BC, STAGES)
-    row_a = store_queries(vectors, a, inverse_norm(square_a, NORM))
-    row_b = store_queries(vectors, b, inverse_norm(square_b, NORM))
-    aa = tl.where(a[:, None] >= a[None, :], gated(aa, vectors, a, a, row_a), 0.0).to(q.dtype.element_ty)
-    bb = tl.where(b[:, None] >= b[None, :], gated(bb, vectors, b, b, row_b), 0.0).to(q.dtype.element_ty)
-    ba = gated(ba, vectors, b, a, row_b).to(q.dtype.element_ty)
-    p_tile = work + columns * 64 + a[:, None] * 64 + a[None, :]
-    none = tl.zeros([32, 32], tl.float32)
-    tl.store(p_tile, product2(aa, Taa, none).to(q.dtype.element_ty))
-    tl.store(p_tile + 32, none.to(q.dtype.element_ty))
-    tl.store(p_tile + 32 * 64, product2(bb, Tba, product2(ba, Taa, none)).to(q.dtype.element_ty))
-    tl.store(p_tile + 32 * 64 + 32, product2(bb, Tbb, none).to(q.dtype.element_ty))
+    tl.store(work + K * 64 + i * 64 + j, product2(P, T, q.dtype.element_ty).to(q.dtype.element_ty))
 
     # X^T, a row of 64 tokens for each column of k.
-    tl.debug_barrier()
-    end_a = tl.exp2(all_high - tl.load(vectors + HIGH + a)) * (tl.load(vectors + COLUMN + a) * all_rest)
-    end_b = tl.exp2(all_high - tl.load(vectors + HIGH + b)) * (tl.load(vectors + COLUMN + b) * all_rest)
-    Taa, Tba, Tbb = Taa * end_a[:, None], Tba * end_b[:, None], Tbb * end_b[:, None]
-    none = tl.zeros([BC, 32], tl.float32)
-    for at in tl.range(0, columns, BC, num_stages=STAGES):
-        ka, kb = tl.load(k_tile + at, mask=in_a, other=0.0), tl.load(k_tile + at + 32 * k_row, mask=in_b, other=0.0)
-        x_tile = work + (at + c[:, None]) * 64 + a[None, :]
-        Xa = product2(tl.trans(kb), Tba, product2(tl.trans(ka), Taa, none))
-        tl.store(x_tile, Xa.to(q.dtype.element_ty))
-        tl.store(x_tile + 32, product2(tl.trans(kb), Tbb, none).to(q.dtype.element_ty))
+    left = tl.exp2(tl.load(vectors + HIGH + 63) - tl.load(vectors + HIGH + n)) * tl.load(vectors + REST + 63)
+    T *= (left * tl.load(vectors + NORM_K + n) * tl.load(vectors + INVERSE + n))[:, None]
+    for at in tl.static_range(0, K, BC):
+        if K > BC:
+            mask = inside & (at + c < K)[None, :] if at + BC > K else inside
+            kt = tl.load(k_tile + at, mask=mask, other=0.0)
+        X = product2(tl.trans(kt), T, q.dtype.element_ty).to(q.dtype.element_ty)
+        x_tile = work + (at + c[:, None]) * 64 + j
+        if at + BC > K:
+            tl.store(x_tile, X, mask=(at + c < K)[:, None])
+        else:
+            tl.store(x_tile, X)

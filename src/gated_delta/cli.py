@@ -21,6 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from gated_delta import __version__
+from gated_delta.bench.cli import app as bench_app
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
 from gated_delta.model.generation import Options, Summary, generate
@@ -32,6 +33,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Gated Delta Net: generate text, score text, check this machine.",
 )  # fmt: skip
+app.add_typer(bench_app, name="bench")
 console = Console()
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -1,0 +1,92 @@
+"""flash-linear-attention: its Triton kernels on a GPU, its torch reference on a CPU. Logarithmic gates, a batch of one
+for packed sequences, states ``[V, K]`` on request.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from gated_delta import reference
+from gated_delta.bench.cases import Case
+from gated_delta.bench.inputs import Inputs
+from gated_delta.bench.peers import Bound, Contender, returning
+
+PACKAGE = "fla"
+DISTRIBUTION = "fla-core"
+DEVICES = ("cpu", "cuda")
+
+os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")  # its own kernels, not FlashQLA's, which stand apart
+
+
+def contenders(case: Case) -> list[Contender]:
+    if not torch.cuda.is_available():
+        same = len(set(case.lengths)) == 1
+        naive = case.operation == "prefill" and same
+        return [Contender("fla (torch)", partial(_naive, case))] if naive else []
+    if case.operation == "prefill":
+        return [Contender("fla", _prefill)]
+    if case.operation == "norm":
+        return [Contender("fla", _norm)]
+    if case.operation == "conv" and case.form == "prefill":
+        return [Contender("fla", _conv)]
+    if case.form in ("V-major", "K-major", "final") and case.state == "fp32":
+        return [Contender("fla", partial(_recurrent, case))]
+    return []
+
+
+def chunked(operator: Callable[..., Any], x: Inputs) -> Bound:
+    """Prefill as FLA's signature has it, which FlashQLA shares."""
+    q, k, v, g, beta = (x[name][None] for name in ("q", "k", "v", "log_alpha", "beta"))
+    call = partial(
+        operator, q, k, v, g, beta, initial_state=x["initial_state"], output_final_state=True, state_v_first=True,
+        cu_seqlens=x["cu_seqlens"],
+    )  # fmt: skip
+    return returning(call, lambda output, state: {"output": output[0], "state": state})
+
+
+def _prefill(x: Inputs) -> Bound:
+    return chunked(import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule, x)
+
+
+def _recurrent(case: Case, x: Inputs) -> Bound:
+    operators = import_module("fla.ops.gated_delta_rule")
+    call = partial(
+        operators.fused_recurrent_gated_delta_rule, x["q"], x["k"], x["v"], g=x["a"], beta=x["b"],
+        A_log=x["A_log"], dt_bias=x["dt_bias"], use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        use_qk_l2norm_in_kernel=True, initial_state=x["state"], output_final_state=True,
+        state_v_first=case.form != "K-major",
+    )  # fmt: skip
+    turned = case.form == "K-major"
+    return returning(call, lambda o, state: {"output": o, "state": state.transpose(-1, -2) if turned else state})
+
+
+def _conv(x: Inputs) -> Bound:
+    states = torch.nn.functional.pad(x["conv_states"], (1, 0))  # as many columns as taps; the first is not read
+    call = partial(
+        import_module("fla.modules.causal_conv1d.ops").causal_conv1d, x["x"][None], x["weight"], initial_state=states,
+        output_final_state=True, activation="silu", cu_seqlens=x["cu_seqlens"],
+    )  # fmt: skip
+    return returning(call, lambda y, state: {"output": y[0], "state": state[..., 1:]})
+
+
+def _norm(x: Inputs) -> Bound:
+    norm = import_module("fla.modules.norm.fused_norm_gate").rms_norm_gated
+    call = partial(norm, x["x"], x["z"], x["weight"], None, activation="swish", eps=1e-6)
+    return returning(lambda: (call(), None), lambda y, _: {"output": y})
+
+
+def _naive(case: Case, x: Inputs) -> Bound:
+    """Its chunked torch reference: equal sequences as a batch, q and k repeated to the heads of v."""
+    rows = len(case.lengths)
+    q, k = (reference.expand_heads(x[name], case.heads.hv) for name in "qk")
+    given = [y.unflatten(0, (rows, -1)) for y in (q, k, x["v"], x["log_alpha"], x["beta"])]
+    operator = import_module("fla.ops.gated_delta_rule.naive").naive_chunk_gated_delta_rule
+    initial = x["initial_state"].transpose(-1, -2).contiguous()
+    call = partial(operator, *given, initial_state=initial, output_final_state=True)
+    return returning(call, lambda o, state: {"output": o.flatten(0, 1), "state": state.transpose(-1, -2)})

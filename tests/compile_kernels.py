@@ -93,9 +93,10 @@ def norm() -> None:
 
 DECODE: dict[str, Callable[[], None]] = {
     "V-major fp32": lambda: recurrent(64, state=FP32),
+    "V-major fp32, many": lambda: recurrent(256, state=FP32),
     "V-major bf16, few": lambda: recurrent(2, state=BF16),
     "V-major bf16": lambda: recurrent(32, state=BF16),
-    "V-major bf16, many": lambda: recurrent(256, state=BF16),
+    "V-major bf16, many": lambda: recurrent(512, state=BF16),
     "K-major fp32": lambda: recurrent(16, state=FP32, v_first=False, pooled=False),
     "K-major bf16": lambda: recurrent(32, state=BF16, v_first=False, pooled=False),
 }

@@ -20,9 +20,10 @@ Kernels = dict[str, dict[str, Any]]
 """By case and kernel."""
 
 LENGTHS = {
-    "V-major fp32": 512,
-    "V-major bf16, few": 528,
-    "V-major bf16": 984,
+    "V-major fp32": 496,
+    "V-major fp32, many": 976,
+    "V-major bf16, few": 520,
+    "V-major bf16": 976,
     "V-major bf16, many": 688,
     "K-major fp32": 1192,
     "K-major bf16": 1368,
@@ -66,8 +67,12 @@ def test_decode(build: Callable[..., Kernels]) -> None:
     for kernel in kernels.values():
         width = 4 if "fp32" in kernel["case"] else 2
         accesses = kernel["constants"]["BV"] * 128 * width // (16 * 32 * kernel["warps"])  # of 16 bytes, by a thread
-        assert count(kernel, "LDG", "128") == count(kernel, "STG", "128") == accesses, kernel["case"]
+        assert count(kernel, "STG", "128") == accesses, kernel["case"]
+        assert accesses <= count(kernel, "LDG", "128") <= accesses + 2, kernel["case"]  # v may take two
         assert len(kernel["instructions"]) <= 1.2 * LENGTHS[kernel["case"]], kernel["case"]
+        wide = [i for i, x in enumerate(kernel["instructions"]) if x.startswith("LDG") and x.endswith("128")]
+        first_sum = next(i for i, x in enumerate(kernel["instructions"]) if x.startswith("SHFL"))
+        assert max(wide) < first_sum or not kernel["constants"]["EARLY"], kernel["case"]
 
 
 def test_several_tokens(build: Callable[..., Kernels]) -> None:

@@ -361,8 +361,9 @@ def test_more_sequences_than_a_grid_has_room_for_are_an_error(monkeypatch: pytes
 
 
 def test_tiles_fit_small_gpus() -> None:
-    assert [host.chain_tiles(128, 128, states, 232448, 132)[::2] for states in (16, 32, 34, 512)] == [
+    assert [host.chain_tiles(128, 128, states, False, 232448, 132)[::2] for states in (16, 32, 34, 512)] == [
         (16, 3), (32, 3), (64, 3), (64, 3),
     ]  # fmt: skip
-    assert host.chain_tiles(128, 128, 512, 166912, 108).stages == 2
-    assert host.chain_tiles(128, 128, 512, 101376, 84).stages == 1
+    assert [host.chain_tiles(128, 128, states, True, 232448, 132).stages for states in (32, 512)] == [3, 1]
+    assert host.chain_tiles(128, 128, 512, False, 166912, 108).stages == 2
+    assert host.chain_tiles(128, 128, 512, False, 101376, 84).stages == 1

@@ -169,7 +169,9 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
 
 def _cases(s: _Shapes) -> list[Callable[[], object]]:
     """Every call that is made, slowest to compile first, so that processes share the work evenly."""
-    cases: list[Callable[[], object]] = [partial(_prefill, s, pooled=pooled) for pooled in (False, True)]
+    cases: list[Callable[[], object]] = [
+        partial(_prefill, s, length, pooled=pooled) for length in (200, 16) for pooled in (False, True)
+    ]
     for given in (True, False):
         if s.num_spec:
             forms = ({}, {"update": True}, {"slots": True}, {"snapshots": True})
@@ -212,11 +214,11 @@ def _recurrent(
         )  # fmt: skip
 
 
-def _prefill(s: _Shapes, *, pooled: bool) -> None:
-    """Short sequences as a layer has them (a pool, norms in the kernel), or with states of their own: so many that the
-    states fill 256 processors, more than that change nothing.
+def _prefill(s: _Shapes, length: int, *, pooled: bool) -> None:
+    """Sequences of so many tokens as a layer has them (a pool, norms in the kernel), or with states of their own: so
+    many that the states fill 256 processors, more than that change nothing.
     """
-    c, length = s.config, 16
+    c = s.config
     heads = (c.num_k_heads, c.head_k_dim)
     for rows in s.batches[: 256 // c.num_v_heads + 1]:
         total = rows * length

@@ -33,14 +33,15 @@ TOKENS = Tiles(8, 1, 4)
 """The same for any batch: sums over K take the order that the tile gives them."""
 
 
-def chain_tiles(head_k: int, head_v: int, states: int, shared: int, processors: int) -> Tiles:
+def chain_tiles(head_k: int, head_v: int, states: int, single: bool, shared: int, processors: int) -> Tiles:
     """Tiles of the scan of ``states`` states on a device with so many bytes of shared memory for a program: as narrow
-    as a single wave of programs allows, for a narrow chunk is done sooner; wide where states fill all processors.
+    as a single wave of programs allows, for a narrow chunk is done sooner; wide where states fill all processors. There
+    a ``single`` chunk a sequence needs nothing on its way while it is worked on, but more programs on a processor.
     """
     keys = triton.next_power_of_2(head_k)
     fits = [columns for columns in (16, 32, 64) if states * -(-head_v // columns) <= processors]
     columns = 32 if head_v <= 32 or keys > 128 else min(fits, default=64)
-    for stages in (3, 2, 1):
+    for stages in (1,) if single and not fits else (3, 2, 1):
         left = 2 * (3 * CHUNK * keys + CHUNK * CHUNK)  # q, k, X and P' of a chunk
         right = 2 * CHUNK * columns + 8 * CHUNK + 4  # v and factors
         if stages * left + (stages - 1) * right + 2 * keys * columns <= shared:
@@ -96,7 +97,8 @@ def prefill(
         kernel, tiles, before, behind = by_tokens, TOKENS, (g, beta), (*strides(g, 0), *strides(beta, 0))
     else:
         limits = _shared_memory(q.device), _processors(q.device)
-        kernel, tiles, behind = chain, chain_tiles(head_k, head_v, count * heads, *limits), ()
+        tiles = chain_tiles(head_k, head_v, count * heads, total <= count * CHUNK, *limits)
+        kernel, behind = chain, ()
         before, gates = _prepared(q, k, g, beta, cu_seqlens, state_indices, null_slot, ratios, gates), {}
     args = (
         q, k, v, *before, cu_seqlens, state_indices, source, has_initial_state, final_state, checkpoints,

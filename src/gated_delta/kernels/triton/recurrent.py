@@ -21,6 +21,8 @@ MOST_AT_ONCE = 16
 """Tokens that :func:`verify` takes; calls of more go token by token."""
 STREAMED_BYTES = 2**28
 """States of up to so many bytes are marked to leave the L2 first: it writes back earlier, and keeps all else longer."""
+STREAMED_COLUMNS = 2**25
+"""The same for K-major states of 16 bits, of which a program has half lines, and the L2 must keep them for another."""
 
 
 class Tile(NamedTuple):
@@ -36,12 +38,14 @@ class Tile(NamedTuple):
     """columns that it updates at a time."""
 
 
-def _token_tile(heads: int, width: int, v_first: bool) -> Tile:
+def _token_tile(heads: int, width: int, v_first: bool, kept: bool) -> Tile:
     if not v_first:
         return Tile(64, 2) if width == 4 else Tile(32, 1)
-    if width == 4 or heads <= 64:
+    if width == 4:
+        return Tile(4, 1) if heads <= 4096 or kept else Tile(16, 1)
+    if heads <= 64:
         return Tile(4, 1)
-    return Tile(16, 1) if heads <= 1024 else Tile(8, 1)
+    return Tile(16, 1 if heads <= 8192 else 2)
 
 
 def _verify_tile(heads: int, width: int, update: bool, kept: bool) -> Tile:
@@ -61,8 +65,11 @@ def _choice(
     # States of 4 bytes a number that are kept after every token keep the memory busy in either kernel, and going
     # token by token writes them in longer pieces.
     if not v_first or steps == 1 or steps > MOST_AT_ONCE or (kept and width == 4):
-        constants = {"SINGLE": steps == 1, "BK": triton.next_power_of_2(head_k), "V_FIRST": v_first}
-        return tokens, _token_tile(heads, width, v_first), constants
+        # Late loads, between the products of others, suit rows of 512 bytes, and cost every other state 10 to 20 %.
+        early = width == 2 or not v_first
+        keys = triton.next_power_of_2(head_k)
+        constants = {"SINGLE": steps == 1, "BK": keys, "V_FIRST": v_first, "EARLY": early}
+        return tokens, _token_tile(heads, width, v_first, kept), constants
     tile = _verify_tile(heads, width, update, kept)
     constants = {
         "T": steps, "BT": 8 if steps <= 8 else 16, "STAGES": tile.stages, "KC": _divisor(head_k, tile.columns),
@@ -132,7 +139,8 @@ def _work(
     kernel, tile, constants = _choice(rows * heads, steps, q.shape[-1], state, state_v_first, update_state, kept)
     # With fewer values a row of a small K would be spread over other lanes than in larger tiles.
     block_v = min(max(tile.values, 512 // (q.shape[-1] * state.element_size())), int(triton.next_power_of_2(head_v)))
-    streamed = rows * heads * head_v * q.shape[-1] * state.element_size() <= STREAMED_BYTES
+    most = STREAMED_COLUMNS if state.element_size() == 2 and not state_v_first else STREAMED_BYTES
+    streamed = rows * heads * head_v * q.shape[-1] * state.element_size() <= most
     constants |= {
         "HV": heads, "R": heads // q.shape[2], "K": q.shape[-1], "V": head_v, "BV": block_v,
         "NORM": use_qk_l2norm, "NEG_EIGVAL": allow_neg_eigval, "UPDATE": update_state,

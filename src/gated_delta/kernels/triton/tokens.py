@@ -25,6 +25,13 @@ def places(line, ov, ok, V_FIRST: tl.constexpr):
     return ok[None, :] * line + ov[:, None]
 
 
+@triton.jit
+def inputs(q, k, v, a, b, mk, mv):
+    """What a token brings, as it is stored."""
+    v_t, a_t, b_t = tl.load(v, mask=mv, other=0.0), tl.load(a), tl.load(b)
+    return tl.load(q, mask=mk, other=0.0), tl.load(k, mask=mk, other=0.0), v_t, a_t, b_t
+
+
 @triton.jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=SCALAR_POINTERS)
 def tokens(
     q, k, v, state, A_log, a, dt_bias, b, output, read_slots, write_slots, token_slots, snapshots,
@@ -33,7 +40,7 @@ def tokens(
     o_row, o_token, o_head, s_slot, s_head, s_line, n_row, n_token, n_head, n_line, steps,
     SINGLE: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, V_FIRST: tl.constexpr, NORM: tl.constexpr, NEG_EIGVAL: tl.constexpr, UPDATE: tl.constexpr,
-    WIDE: tl.constexpr, ZERO_PADDING: tl.constexpr, EVICT: tl.constexpr,
+    WIDE: tl.constexpr, ZERO_PADDING: tl.constexpr, EARLY: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     tile, head, row = place_in_grid(tl.cdiv(V, BV), HV)
     slot = slot_of(read_slots, read_stride, row, null_slot)
@@ -59,13 +66,20 @@ def tokens(
     if snapshots is not None:
         snapshots += row * n_row + head * n_head + places(n_line, ov, ok, V_FIRST)
     place = head * s_head + places(s_line, ov, ok, V_FIRST)
-    S = tl.load(state + slot * s_slot + place, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    S = tl.load(state + slot * s_slot + place, mask=inside, other=0.0, eviction_policy=EVICT)
+    if EARLY:  # or else ptxas keeps back some of these loads until the registers of others are free
+        tl.debug_barrier()
     A, bias = tl.load(A_log + head), tl.load(dt_bias + head)
+    q_t, k_t, v_t, a_t, b_t = inputs(q, k, v, a, b, mk, mv)
+    S = S.to(tl.float32)
     for t in range(T):
-        bk = tl.load(k + t * k_token, mask=mk, other=0.0).to(tl.float32)
-        bq = tl.load(q + t * q_token, mask=mk, other=0.0).to(tl.float32)
-        bv = tl.load(v + t * v_token, mask=mv, other=0.0).to(tl.float32)
-        alpha, beta = gates(tl.load(a + t * a_token), tl.load(b + t * b_token), A, bias, NEG_EIGVAL)
+        bq, bk, bv = q_t.to(tl.float32), k_t.to(tl.float32), v_t.to(tl.float32)
+        alpha, beta = gates(a_t, b_t, A, bias, NEG_EIGVAL)
+        if not SINGLE and t + 1 < T:
+            n = t + 1
+            q_t, k_t, v_t, a_t, b_t = inputs(
+                q + n * q_token, k + n * k_token, v + n * v_token, a + n * a_token, b + n * b_token, mk, mv
+            )
         read_k, read_q = tl.split(tl.sum(tl.join(S * bk[None, :], S * bq[None, :]), axis=1))
         of_k, of_q = tl.split(tl.sum(tl.join(tl.join(bk * bk, bk * bq), tl.join(bq * bq, bk * bq)), axis=0))
         kk, kq = tl.split(of_k)

@@ -64,9 +64,9 @@ def recurrent(
 
 
 def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, head_v: int = 128) -> None:
-    """Four thousand tokens over a pool of fp32 states, with checkpoints."""
-    q, v = empty(4096, 16, head_k, dtype=dtype), empty(4096, 32, head_v, dtype=dtype)
-    gate, pool = empty(4096, 32, dtype=FP32), empty(sequences, 32, head_v, head_k, dtype=FP32)
+    """Eight thousand tokens over a pool of fp32 states, with checkpoints."""
+    q, v = empty(8192, 16, head_k, dtype=dtype), empty(8192, 32, head_v, dtype=dtype)
+    gate, pool = empty(8192, 32, dtype=FP32), empty(sequences, 32, head_v, head_k, dtype=FP32)
     starts = empty(sequences + 1, dtype=INT)
     slots = empty(sequences, dtype=INT)
     OPERATORS.prefill(
@@ -120,6 +120,7 @@ PREFILL: dict[str, Callable[[], None]] = {
     "fp32": lambda: prefill(64, dtype=FP32),
     "fp16": lambda: prefill(64, dtype=torch.float16),
     "one sequence": lambda: prefill(1),
+    "single chunks": lambda: prefill(128),
     "heads of 64": lambda: prefill(64, head_k=64, head_v=64),
     "heads of 96 and 192": lambda: prefill(64, head_k=96, head_v=192),
     "heads of 256": lambda: prefill(64, head_k=256, head_v=256),

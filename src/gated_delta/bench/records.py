@@ -108,9 +108,12 @@ def read(path: Path) -> list[Row]:
         raise OptionError("bench", "CSV", str(path), "an existing file")
     try:
         with path.open(newline="") as file:
-            lines = list(csv.DictReader(file))
-        return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in lines]
-    except (TypeError, KeyError, ValueError) as error:
+            lines = csv.DictReader(file)
+            names = set(lines.fieldnames or ())
+            if not {"group", "case", "contender"} <= names <= set(_CASTS):
+                raise ValueError("other columns")
+            return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in lines]
+    except (TypeError, ValueError) as error:
         raise OptionError("bench", "CSV", f"{path} ({error})", "a CSV that gated-delta bench wrote") from error
 
 

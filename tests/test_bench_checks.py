@@ -1,0 +1,226 @@
+"""Benchmarks: random inputs, the check before the time is taken, the time itself, and long runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import gated_delta as gd
+from gated_delta import reference
+from gated_delta.bench import cases, check, peers, soak, timing
+from gated_delta.bench.cases import Case, Heads
+from gated_delta.bench.inputs import Maker, gates, make_sets, nbytes
+
+CPU = torch.device("cpu")
+SMALL = Heads(2, 4, 32, 64)
+EVERY = [
+    Case("prefill", "prefill", SMALL, sequences="70+3+130"),
+    *(Case("decode", "decode", SMALL, form, batch=3, state="bf16") for form in cases.FORMS["decode"]),
+    *(Case("verify", "verify", SMALL, form, batch=3, tokens=4) for form in cases.FORMS["verify"]),
+    *(Case("conv", "conv", SMALL, form, batch=5) for form in ("update W", "update D")),
+    Case("conv", "conv", SMALL, "prefill", sequences="9+1+20"),
+    Case("norm", "norm", SMALL, batch=7),
+]
+
+
+def named(case: Case) -> str:
+    return f"{case.operation} {case.form}"
+
+
+def log_decay(kind: str) -> Tensor:
+    raw = gates(Maker(CPU), kind, 500, 8, dtype=torch.float32)
+    return reference.decay(raw["A_log"], raw["a"], raw["dt_bias"]).log()
+
+
+def test_gates_are_what_they_are_called() -> None:
+    assert log_decay("none").abs().max() < 1e-6
+    weak = log_decay("weak")
+    assert (weak.min().item(), weak.max().item()) == (pytest.approx(-0.05, abs=2e-3), pytest.approx(-0.005, abs=2e-3))
+    mix = log_decay("mix")
+    assert mix[:, 3::4].abs().max() < 1e-6
+    expected = torch.nn.functional.logsigmoid(torch.randn(10**5)).mean().item() / 16
+    assert mix[:, 0].mean().item() == pytest.approx(expected, rel=0.1)
+    model = log_decay("model").mean(0)
+    assert (model.diff() < 0).all()
+    assert model[-1] / model[0] == pytest.approx(10**2.5, rel=0.3)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=named)
+def test_sets_of_inputs(case: Case) -> None:
+    one = make_sets(case, CPU, 0)
+    assert len(one) == 1
+    several = make_sets(case, CPU, 3 * nbytes(one[0]) - 1)
+    assert len(several) == 3
+    floats = [name for name, x in several[0].items() if isinstance(x, Tensor) and x.is_floating_point()]
+    for name in floats:
+        first, second = several[0][name], several[1][name]
+        weight = name in ("weight", "A_log", "dt_bias")
+        assert weight or first.data_ptr() != second.data_ptr()
+        assert first.isnan().all() if name in ("output", "output_state", "snapshots") else first.any()
+    for name in {"cu_seqlens", "slots", "token_slots"} & {*several[0]}:
+        assert several[0][name] is several[1][name]  # peers keep what they derive from these
+
+
+@pytest.mark.parametrize("case", EVERY, ids=named)
+def test_ours_is_right_and_anything_else_is_found_wrong(case: Case) -> None:
+    inputs = make_sets(case, CPU, 0)[0]
+    truth = check.exact(case, inputs)
+    (contender,) = peers.load("ours").contenders(case)
+    bound = contender.bind(inputs)
+    bound.call()
+    results = bound.results()
+    verdict = check.judge(truth, results, None)
+    assert verdict.ok, verdict
+    assert 0 < verdict.error < 1e-2 or case.operation in ("conv", "norm")
+    assert truth is not None and set(truth.results) == set(results)
+    for name, x in results.items():
+        others = {key: value for key, value in results.items() if key != name}
+        assert not check.judge(truth, {**others, name: x * 1.03}, None).ok
+        assert not check.judge(truth, {**others, name: x.roll(1, 0)}, None).ok
+        assert not check.judge(truth, others, None).ok
+        broken = x.clone()
+        broken[(-1,) * broken.dim()] = torch.nan
+        assert check.judge(truth, {**others, name: broken}, None).words == f"{name} is not finite"
+
+
+def test_what_float64_does_not_see_is_compared_with_a_right_one() -> None:
+    case = Case("prefill", "prefill", Heads(4, 4, 32, 32), sequences="50+20")
+    inputs = make_sets(case, CPU, 0)[0]
+    truth = check.exact(case, inputs)
+    assert truth is not None and truth.part is not None and truth.part[1].tolist() == [0, 3]
+    bound = peers.load("ours").contenders(case)[0].bind(inputs)
+    bound.call()
+    right = {name: x.clone() for name, x in bound.results().items()}
+    right["output"][:, 1] *= 1.5
+    assert check.judge(truth, bound.results(), None).ok
+    verdict = check.judge(truth, bound.results(), right)
+    assert not verdict.ok
+    assert verdict.words.startswith("output against a contender that is right: error ")
+
+
+def test_errors_of_another_shape_are_infinite() -> None:
+    assert check.relative_error(torch.ones(2), torch.ones(3)) == float("inf")
+
+
+def test_a_layer_is_not_judged_here() -> None:
+    case = Case("layer", "layer", SMALL, "decode", batch=2)
+    inputs = make_sets(case, CPU, 0)[0]
+    assert check.exact(case, inputs) is None
+    found = peers.load("ours").contenders(case)
+    assert [c.name for c in found] == [
+        peers.OURS,
+        *(f"of it: {part}" for part in ("products", "conv", "conv + rule", "norm")),
+    ]
+    with torch.no_grad():
+        for contender in found:
+            bound = contender.bind(inputs)
+            bound.call()
+            assert check.judge(None, bound.results(), None).ok
+    assert nbytes(inputs) > sum(p.nbytes for p in inputs["layer"].parameters())
+
+
+def test_spread() -> None:
+    found = timing.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 100.0], 3)
+    assert found == (6.0, 2.0, 10.0, 11, 3)
+
+
+def test_contenders_take_turns_and_times_are_those_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BUDGET_S", {"cpu": 0.05})
+    said: list[str] = []
+    slow, fast = (timing.Timer([lambda s=s: time.sleep(s)] * 2, CPU) for s in (4e-3, 1e-3))
+    found = timing.in_turns({"slow": slow, "fast": fast}, CPU, said.append)
+    assert said == ["slow", "fast"] * (timing.LEAST_REPLAYS + 1)
+    assert 4e3 < found["slow"].median < 12e3
+    assert 1e3 < found["fast"].median < 4e3
+    assert found["slow"].replays == timing.LEAST_REPLAYS
+    assert found["slow"].calls == 2
+
+
+def test_host_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = timing.host(lambda: time.sleep(1e-3), CPU)
+    assert 1e3 < found.median < 4e3
+    assert found.calls > 5
+
+
+class FakeGraph:
+    """Stands in for a CUDA graph: what is called while it is captured is what a replay runs."""
+
+    capturing: list[str] | None = None
+    log: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def replay(self) -> None:
+        FakeGraph.log.append(f"replay of {len(self.calls)}")
+
+
+class FakeEvent:
+    """Ten microseconds pass between two events, 300 once a graph has run."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = -1
+
+    def record(self) -> None:
+        self.at = len(FakeGraph.log)
+        FakeGraph.log.append("event")
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, last: FakeEvent) -> float:
+        return 0.3 if any(entry.startswith("replay") for entry in FakeGraph.log[self.at : last.at]) else 0.03
+
+
+@contextmanager
+def fake_capture(graph: FakeGraph) -> Iterator[None]:
+    FakeGraph.capturing = graph.calls
+    yield
+    FakeGraph.capturing = None
+
+
+@pytest.mark.parametrize(("sets", "calls"), [(1, 101), (7, 101), (150, 150)])
+def test_a_graph_goes_round_the_sets(monkeypatch: pytest.MonkeyPatch, sets: int, calls: int) -> None:
+    FakeGraph.log = []
+    for name, fake in (
+        ("CUDAGraph", FakeGraph), ("Event", FakeEvent), ("graph", fake_capture), ("synchronize", lambda: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    captured: list[int] = []
+
+    def call(i: int) -> None:
+        if FakeGraph.capturing is not None:
+            FakeGraph.capturing.append(str(i))
+            captured.append(i)
+
+    # Three calls take 30 us when launched alone, so 1000 us need 101.
+    timer = timing.Timer([lambda i=i: call(i) for i in range(sets)], torch.device("cuda"))
+    count = 101 if sets >= 3 else 34
+    assert timer.calls == max(count, calls if sets > 101 else count)
+    assert captured == [i % sets for i in range(timer.calls)]
+    FakeGraph.log.clear()
+    assert timer.replay() == pytest.approx(300 / timer.calls)
+    lead = f"replay of {timer.calls}"
+    assert FakeGraph.log == [lead, "event", lead, "event"]  # the first hides the launch of the second
+
+
+def test_soak_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = soak.soak(40, CPU)
+    assert (found.calls, found.faults, found.leaks) == (40, [], False)
+    monkeypatch.setattr(gd, "rms_norm_gated", lambda x, z, weight, eps: x)
+    monkeypatch.setattr(gd, "causal_conv1d", lambda *args, **options: 1 / 0)
+    grown = iter((100.0, 1000.0))
+    monkeypatch.setattr(soak, "memory_mib", lambda device: next(grown))
+    told: list[str] = []
+    worse = soak.soak(40, CPU, tell=told.append)
+    assert worse.faults == told
+    assert {fault.split(", ")[1].split()[0] for fault in told} == {"norm", "conv"}
+    assert any("ZeroDivisionError" in fault for fault in told)
+    assert worse.leaks
+    assert worse.words().startswith(f"40 calls on cpu: {len(told)} wrong; memory grew by 900.0 MiB")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from gated_delta.bench import cases, compare, floors, machine, peers, records, report, timing, worker
 from gated_delta.bench.cases import Case, Heads, Selection
@@ -199,6 +200,27 @@ def test_the_summary_says_where_we_lose() -> None:
         "1.41 times as fast as the best peer (geometric mean of 2); worst 0.50 in bad; "
         "slower than a peer in 1 of 2 cases"
     )
+
+
+def test_the_table_shows_what_went_wrong() -> None:
+    rows = [
+        Row("ceilings", "read", "machine", us=100.0, tb_s=4.39, device="GPU", torch="2"),
+        row("a", us=10, p10=9.0, p90=11.0, over_floor=2.0, tb_s=2.0, speedup=0.8),
+        row("a", "fla", us=8.0, version="0.6.0"), row("a", "flashinfer", us=None, status="crashed", note="said [red]"),
+        row("b", us=10, p10=9.0, p90=11.0, tb_s=2.0, tflop_s=455.0, operations=1000, bytes=1, speedup=1.25),
+        row("b", "flashinfer", us=None, status="skipped", note="as in a"),
+    ]  # fmt: skip
+    console = Console(width=150)
+    with console.capture() as shown:
+        console.print(report.tables(rows, {"flashqla": "it is not installed"}))
+    lines = [" ".join(line.split()) for line in shown.get().splitlines()]
+    assert "GPU, torch 2; fla 0.6.0; read 4.39 TB/s" in lines
+    assert "a 10.00 10.0 % 2 TB/s 2.00 8.00 crashed 0.80" in lines
+    assert "b 10.00 10.0 % 455 TFLOP/s skipped 1.25" in lines
+    assert sum("crashed" in line for line in lines) == 2  # in the table, and with what happened below it
+    assert "said [red]" in shown.get()
+    assert "as in a" not in shown.get()
+    assert "absent: flashqla (it is not installed)" in lines
 
 
 def test_units() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,10 +184,18 @@ def test_compiling_ahead_runs_every_contender_once(adapters: Path) -> None:
     told: list[str] = []
     bench = Bench("cpu", ["fakes.peer"], CASES[2:], {}, jobs=2, tell=told.append)
     bench._compile()
-    assert told == ["compiling ahead in 2 processes"]
+    assert told[0] == "compiling ahead in 2 processes"
+    assert re.fullmatch(r"compiled in \d+ s", told[1])
     assert (adapters / "decode").read_text() == "3 0\n"
     assert (adapters / "norm").read_text() == "2 0\n"
     assert bench._rows == {}
+
+
+def test_compiling_ahead_ends_in_time(adapters: Path) -> None:
+    (adapters / "peer.py").write_text(f"NAMES = ('sleeps',)\n{PEER}")
+    started = time.monotonic()
+    Bench("cpu", ["fakes.peer"], CASES[:1], {}, jobs=1, limit=1.0)._compile()
+    assert 2.0 <= time.monotonic() - started < 8.0
 
 
 def test_a_case_without_memory_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +274,20 @@ def test_absent_peers_are_named(command: Any, monkeypatch: pytest.MonkeyPatch, t
     assert "flashqla (it " in result.words
     absent = [row for row in records.read(tmp_path / "bench.csv") if row.status == "absent"]
     assert "flashqla" in {row.contender for row in absent}
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_has(
+    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def cut_off(bench: Bench) -> list[Row]:
+        bench._keep(0, contender=peers.OURS, us=2.0)
+        bench.advance()
+        raise BenchError("bench: cut off")
+
+    monkeypatch.setattr(Bench, "run", cut_off)
+    result = command("norm", "--device", "cpu", "--out", str(tmp_path))
+    assert (result.status, result.err) == (2, "gated-delta: bench: cut off\n")
+    assert [row.us for row in records.read(tmp_path / "bench.csv") if row.contender == peers.OURS] == [2.0]
 
 
 def test_without_matplotlib_there_is_a_csv_and_a_sentence(

@@ -124,15 +124,19 @@ def run_command(
         console.print(
             "On the CPU: smaller cases than on a GPU unless they are named, and times that show the order only."
         )
+    absentees = [records.Row(records.ABSENT, name, name, "absent", note=why) for name, why in absent.items()]
     with _bar(len(chosen)) as (advance, tell):
+
+        def done() -> None:
+            advance()
+            if out is not None:  # a run that is cut off leaves what it has
+                records.write(out / "bench.csv", [*bench.rows(), *absentees])
+
         bench = Bench(
-            place, adapters, chosen, machine.facts(place), limit=limit, advance=advance, tell=tell,
+            place, adapters, chosen, machine.facts(place), limit=limit, advance=done, tell=tell,
             jobs=0 if place == "cpu" else min(16, os.cpu_count() or 1) if jobs < 0 else jobs,
         )  # fmt: skip
-        rows = [
-            *bench.run(),
-            *(records.Row(records.ABSENT, name, name, "absent", note=why) for name, why in absent.items()),
-        ]
+        rows = [*bench.run(), *absentees]
     console.print(report.tables(rows, absent))
     if out is not None:
         _leave(rows, out)

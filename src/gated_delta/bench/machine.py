@@ -67,7 +67,7 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         if self._wanted:
-            query = ("--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", f"-lms={SAMPLE_MS}")
+            query = ("--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", f"--loop-ms={SAMPLE_MS}")
             self._process = subprocess.Popen(
                 ["nvidia-smi", *_selected(), *query], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )

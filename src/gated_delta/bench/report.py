@@ -33,13 +33,15 @@ def tables(rows: Sequence[Row], absent: Mapping[str, str]) -> Group:
     return Group(*parts)  # type: ignore[arg-type]
 
 
-def machine(rows: Iterable[Row]) -> Text:
-    """One line: device, versions and the ceilings that were measured."""
+def machine(rows: Sequence[Row]) -> Text:
+    """Device, versions and the ceilings that were measured."""
     found = {row.case: row for row in rows if row.group == CEILINGS}
     first = next(iter(found.values()), None)
     if first is None:
         return Text("")
     words = [f"{first.device}, torch {first.torch}", *([f"driver {first.driver}"] if first.driver else [])]
+    versions = {row.contender: row.version for row in rows if row.version and row.contender != OURS}
+    words += [f"{name} {version}" for name, version in versions.items()]
     words += [f"{name} {rate(row.tb_s, row.tflop_s) or f'{row.us:.2f} us'}" for name, row in found.items()]
     return Text("; ".join(words))
 

@@ -55,7 +55,7 @@ class Process:
         """What it says, until it ends or is silent for longer than ``limit`` seconds (and is ended)."""
         rest, heard, allowed = b"", time.monotonic(), max(limit, START_S)
         while True:
-            ended = self._process.poll() is not None  # its pipe may live on in a child of its own
+            ended = self.has_ended()  # its pipe may live on in a child of its own
             if select.select([self._out], [], [], 0 if ended else min(1.0, limit))[0]:
                 read = os.read(self._out, 1 << 16)
                 *lines, rest = (rest + read).split(b"\n")
@@ -75,6 +75,9 @@ class Process:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             return self._process.wait()
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def printed(self) -> str:
         """The end of what it printed, in one line."""
@@ -141,6 +144,10 @@ class Bench:
                 waiting = [number for number in waiting if number not in done]
         if waiting:
             raise BenchError(f"bench: the measuring process cannot start: {said}")
+        return self.rows()
+
+    def rows(self) -> list[Row]:
+        """What is known so far."""
         cases = (with_best_peer(list(self._rows.get(n, {}).values()), OURS) for n in range(len(self.cases)))
         return [replace(row, **self.facts) for row in (*self._machine, *(row for case in cases for row in case))]
 
@@ -162,14 +169,16 @@ class Bench:
         plans = [self._plan(numbers, [adapter]) for (adapter, *_), numbers in shares.items()]
         self.tell(f"compiling ahead in {min(self.jobs, len(plans))} processes")
         running: list[Process] = []
-        deadline = time.monotonic() + 2 * self.limit
+        started = time.monotonic()
+        deadline = started + 2 * self.limit
         for plan in plans:
             if len(running) == self.jobs:
-                running = _without_one(running, deadline)
+                running = _still_running(running, deadline)
             # What Triton's tuner finds while others use the GPU must not be kept.
             running.append(Process(plan, "compile", FLA_CACHE_RESULTS="0", TRITON_CACHE_AUTOTUNING="0"))
         while running:
-            running = _without_one(running, deadline)
+            running = _still_running(running, deadline)
+        self.tell(f"compiled in {time.monotonic() - started:.0f} s")
 
     def _listen(self, process: Process, monitor: Monitor) -> tuple[set[int], Event]:
         """The cases that a worker finishes, and what it began last."""
@@ -222,9 +231,12 @@ class Bench:
         return set()
 
 
-def _without_one(running: list[Process], deadline: float) -> list[Process]:
-    """Wait for the eldest, which began first."""
-    eldest, *others = running
-    eldest.end(deadline - time.monotonic())
-    eldest.close()
-    return others
+def _still_running(processes: list[Process], deadline: float) -> list[Process]:
+    """Those that still run when the next has ended; none of them once time's monotonic is ``deadline``."""
+    while not any(process.has_ended() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [process for process in processes if not process.has_ended() and time.monotonic() < deadline]
+    for process in processes:
+        if process not in left:
+            process.close()
+    return left

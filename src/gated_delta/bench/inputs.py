@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import Any
 
@@ -57,7 +58,7 @@ def gates(make: Maker, kind: str, *shape: int, dtype: torch.dtype = torch.bfloat
     elif kind == "none":
         a_log = a_log + CLOSED
     elif kind == "mix":
-        a_log = torch.where(torch.arange(heads, device=make.device) % 4 == 3, CLOSED, -torch.tensor(16.0).log())
+        a_log = torch.where(torch.arange(heads, device=make.device) % 4 == 3, CLOSED, -math.log(16))
     else:
         uniform = torch.rand(*shape, device=make.device, generator=make.generator) * 0.045 + 0.005
         a = torch.expm1(uniform).log()  # the inverse of softplus

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -97,7 +98,8 @@ class Worker:
             except FAULTS as error:
                 self._fail(number, case, [(name, contender.name)], error)
                 continue
-            facts = {"adapter": name, "error": verdict.error, "check": verdict.words, "sets": len(sets)}
+            error = verdict.error if math.isfinite(verdict.error) else None
+            facts = {"adapter": name, "error": error, "check": verdict.words, "sets": len(sets)}
             if verdict.ok:
                 bound[contender.name], rows[contender.name] = [each.call for each in calls], facts
             else:

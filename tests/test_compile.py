@@ -24,7 +24,7 @@ LENGTHS = {
     "V-major fp32, many": 976,
     "V-major bf16, few": 520,
     "V-major bf16": 976,
-    "V-major bf16, many": 688,
+    "V-major bf16, many": 680,
     "K-major fp32": 1192,
     "K-major bf16": 1368,
 }

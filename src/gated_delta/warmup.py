@@ -170,7 +170,10 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
 def _cases(s: _Shapes) -> list[Callable[[], object]]:
     """Every call that is made, slowest to compile first, so that processes share the work evenly."""
     cases: list[Callable[[], object]] = [
-        partial(_prefill, s, length, pooled=pooled) for length in (200, 16) for pooled in (False, True)
+        partial(_prefill, s, length, pooled=pooled, known=known)
+        for length in (200, 16)
+        for pooled in (False, True)
+        for known in (False, True)
     ]
     for given in (True, False):
         if s.num_spec:
@@ -214,9 +217,12 @@ def _recurrent(
         )  # fmt: skip
 
 
-def _prefill(s: _Shapes, length: int, *, pooled: bool) -> None:
+def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
     """Sequences of so many tokens as a layer has them (a pool, norms in the kernel), or with states of their own: so
     many that the states fill 256 processors, more than that change nothing.
+
+    Args:
+        known: it is said which slots of the pool hold a state to start from; without a pool, there are such states.
     """
     c = s.config
     heads = (c.num_k_heads, c.head_k_dim)
@@ -235,11 +241,9 @@ def _prefill(s: _Shapes, length: int, *, pooled: bool) -> None:
             fresh = torch.zeros(rows, dtype=torch.bool, device=s.device)
             x |= {"initial_state": states, "output_state": states, "output": torch.empty_like(x["v"])}
             x["state_indices"] = torch.arange(rows, dtype=torch.int32, device=s.device)
-            chunk_gated_delta_rule(**x)
-            chunk_gated_delta_rule(**x, has_initial_state=fresh)
+            chunk_gated_delta_rule(**x, has_initial_state=fresh if known else None)
         else:
-            chunk_gated_delta_rule(**x, output_final_state=True)
-            chunk_gated_delta_rule(**x, initial_state=states, output_final_state=True)
+            chunk_gated_delta_rule(**x, initial_state=states if known else None, output_final_state=True)
 
 
 def _around(s: _Shapes) -> None:

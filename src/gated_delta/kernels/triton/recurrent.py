@@ -45,7 +45,7 @@ def _token_tile(heads: int, width: int, v_first: bool, kept: bool) -> Tile:
         return Tile(4, 1) if heads <= 4096 or kept else Tile(16, 1)
     if heads <= 64:
         return Tile(4, 1)
-    return Tile(16, 1 if heads <= 8192 else 2)
+    return Tile(16 if heads <= 8192 else 8, 1)  # two warps would sum the norms in another order
 
 
 def _verify_tile(heads: int, width: int, update: bool, kept: bool) -> Tile:

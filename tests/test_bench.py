@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gated_delta.bench import cases, compare, floors, machine, peers, records, report, timing, worker
+from gated_delta.bench import cases, compare, floors, machine, peers, reading, records, report, timing, worker
 from gated_delta.bench.cases import Case, Heads, Selection
 from gated_delta.bench.records import Row
 from gated_delta.errors import OptionError
@@ -147,6 +147,13 @@ def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ceilings.read == max(row.rate for row in found if row.name == "read")
 
 
+def test_the_kernel_that_reads_reads_everything() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there by Triton's interpreter
+    x, sums = torch.randn(3 * reading.BLOCK, device=device), torch.empty(3, device=device)
+    reading.read_all(x, sums)
+    torch.testing.assert_close(sums, x.view(3, -1).sum(1), rtol=1e-4, atol=1e-3)
+
+
 def test_rates_of_a_row() -> None:
     case = Case("decode", "decode", Heads(16, 32), "V-major", batch=64)
     found = worker._rates(case, timing.Spread(70.0, 69.0, 71.0, 21, 10), H200)
@@ -205,7 +212,7 @@ def test_the_summary_says_where_we_lose() -> None:
 def test_the_table_shows_what_went_wrong() -> None:
     rows = [
         Row("ceilings", "read", "machine", us=100.0, tb_s=4.39, device="GPU", torch="2"),
-        row("a", us=10, p10=9.0, p90=11.0, over_floor=2.0, tb_s=2.0, speedup=0.8),
+        row("a", us=10, p10=9.0, p90=11.0, over_floor=2.0, tb_s=2.0, speedup=0.8, heads="2/8", model="a model"),
         row("a", "fla", us=8.0, version="0.6.0"), row("a", "flashinfer", us=None, status="crashed", note="said [red]"),
         row("b", us=10, p10=9.0, p90=11.0, tb_s=2.0, tflop_s=455.0, operations=1000, bytes=1, speedup=1.25),
         row("b", "flashinfer", us=None, status="skipped", note="as in a"),
@@ -220,6 +227,7 @@ def test_the_table_shows_what_went_wrong() -> None:
     assert sum("crashed" in line for line in lines) == 2  # in the table, and with what happened below it
     assert "said [red]" in shown.get()
     assert "as in a" not in shown.get()
+    assert "heads: 2/8 of a model" in lines
     assert "absent: flashqla (it is not installed)" in lines
 
 

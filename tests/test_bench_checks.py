@@ -71,7 +71,7 @@ def test_sets_of_inputs(case: Case) -> None:
 def test_ours_is_right_and_anything_else_is_found_wrong(case: Case) -> None:
     inputs = make_sets(case, CPU, 0)[0]
     truth = check.exact(case, inputs)
-    (contender,) = peers.load("ours").contenders(case)
+    (contender,) = peers.load("ours").contenders(case, "cpu")
     bound = contender.bind(inputs)
     bound.call()
     results = bound.results()
@@ -94,7 +94,7 @@ def test_what_float64_does_not_see_is_compared_with_a_right_one() -> None:
     inputs = make_sets(case, CPU, 0)[0]
     truth = check.exact(case, inputs)
     assert truth is not None and truth.part is not None and truth.part[1].tolist() == [0, 3]
-    bound = peers.load("ours").contenders(case)[0].bind(inputs)
+    bound = peers.load("ours").contenders(case, "cpu")[0].bind(inputs)
     bound.call()
     right = {name: x.clone() for name, x in bound.results().items()}
     right["output"][:, 1] *= 1.5
@@ -112,7 +112,7 @@ def test_a_layer_is_not_judged_here() -> None:
     case = Case("layer", "layer", SMALL, "decode", batch=2)
     inputs = make_sets(case, CPU, 0)[0]
     assert check.exact(case, inputs) is None
-    found = peers.load("ours").contenders(case)
+    found = peers.load("ours").contenders(case, "cpu")
     assert [c.name for c in found] == [
         peers.OURS,
         *(f"of it: {part}" for part in ("products", "conv", "conv + rule", "norm")),

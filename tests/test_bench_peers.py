@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 from typing import Any
 
@@ -152,12 +153,11 @@ OF_PEERS = {
     ],
 )
 @pytest.mark.usefixtures("fakes")
-def test_adapters_speak_their_peers_language(monkeypatch: pytest.MonkeyPatch, name: str, case: Case) -> None:
+def test_adapters_speak_their_peers_language(name: str, case: Case) -> None:
     """Given functions of the peers' arguments, every adapter gives right results."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
     truth = check.exact(case, inputs)
-    (contender,) = peers.load(name).contenders(case)
+    (contender,) = peers.load(name).contenders(case, "cuda")
     bound = contender.bind(inputs)
     bound.call()
     verdict = check.judge(truth, bound.results(), None)
@@ -170,13 +170,13 @@ def test_references_on_the_cpu(name: str) -> None:
     case = Case("x", "prefill", SMALL, sequences="33x3")
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
     truth = check.exact(case, inputs)
-    found = peers.load(name).contenders(case)
+    found = peers.load(name).contenders(case, "cpu")
     assert len(found) == 1 + (name == "reference")
     for contender in found:
         bound = contender.bind(inputs)
         bound.call()
         assert check.judge(truth, bound.results(), None).ok
-    assert name == "reference" or peers.load(name).contenders(replace(case, sequences="33+4")) == []
+    assert name == "reference" or peers.load(name).contenders(replace(case, sequences="33+4"), "cpu") == []
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,8 @@ def test_references_on_the_cpu(name: str) -> None:
      ("flashinfer", Case("x", "verify", FULL, "outputs", batch=1, tokens=2, state="fp16")),
      ("fla", Case("x", "decode", FULL, "pool", batch=1, state="bf16")), ("fla", UPDATE)],
 )  # fmt: skip
-def test_adapters_pass_on_what_their_peer_cannot_do(monkeypatch: pytest.MonkeyPatch, name: str, case: Case) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert peers.load(name).contenders(case) == []
+def test_adapters_pass_on_what_their_peer_cannot_do(name: str, case: Case) -> None:
+    assert peers.load(name).contenders(case, "cuda") == []
 
 
 def test_which_peers_run() -> None:
@@ -206,12 +205,17 @@ def test_which_peers_run() -> None:
     [("nonsense", "there is no such adapter"), ("no.such.module", "its adapter cannot be imported"),
      ("flashqla", "it is not installed"), ("gated_delta.bench.peers.flashqla", "it is not installed")],
 )  # fmt: skip
-def test_peers_that_are_asked_for_must_be_there(word: str, reason: str) -> None:
+def test_peers_that_are_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch, word: str, reason: str) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=reason):
         peers.choose([word], "cpu")
 
 
-def test_versions() -> None:
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> str:
+        raise PackageNotFoundError(name)
+
     assert peers.version_of("ours") == gd.__version__
     assert peers.version_of("reference") == ""
+    monkeypatch.setattr(peers, "version", unknown)
     assert peers.version_of("flashqla") == ""

@@ -33,14 +33,14 @@ from gated_delta.bench.peers import Bound, Contender, ours
 PACKAGE, DISTRIBUTION, DEVICES = None, None, ("cpu",)
 
 
-def contenders(case):
+def contenders(case, device):
     if case.operation != "decode":
         return []
     return [Contender(name, lambda x, name=name: bind(case, x, name)) for name in NAMES]
 
 
 def bind(case, x, name):
-    right = ours.contenders(case)[0].bind(x)
+    right = ours.contenders(case, "cpu")[0].bind(x)
     calls = [0]
 
     def call():
@@ -174,7 +174,7 @@ def test_compiling_ahead_runs_every_contender_once(adapters: Path) -> None:
     (adapters / "peer.py").write_text(
         "from pathlib import Path\nimport os\nfrom gated_delta.bench.peers import Bound, Contender\n"
         "PACKAGE, DISTRIBUTION, DEVICES = None, None, ('cpu',)\n"
-        "def contenders(case):\n"
+        "def contenders(case, device):\n"
         "    def call():\n"
         "        with (Path(__file__).parent / case.operation).open('a') as file:\n"
         "            file.write(f\"{case.batch} {os.environ['FLA_CACHE_RESULTS']}\\n\")\n"

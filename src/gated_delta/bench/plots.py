@@ -180,7 +180,8 @@ def speedups(group: str, rows: Sequence[Row]) -> Figure | None:
     several = len({row.gates for row in ours}) > 1
 
     def line(row: Row) -> str:
-        return " ".join(word for word in (row.heads, _panel(row), row.gates if several else "") if word)
+        words = (row.heads, _panel(row) or row.model, row.gates if several else "")
+        return " ".join(word for word in words if word)
 
     lines = list(dict.fromkeys(map(line, ours)))
     sizes = list(dict.fromkeys(row.size.split()[-1] for row in ours))

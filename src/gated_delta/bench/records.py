@@ -48,6 +48,8 @@ class Row:
     error: float | None = None
     check: str = ""
     note: str = ""
+    model: str = ""
+    """where the heads come from"""
     heads: str = ""
     head_k: int | None = None
     head_v: int | None = None

@@ -27,6 +27,8 @@ def tables(rows: Sequence[Row], absent: Mapping[str, str]) -> Group:
     for group in groups:
         own = [row for row in rows if row.group == group]
         parts += [_table(group, own), Text(summary(own), style="italic")]
+    models = {row.heads: row.model for row in rows if row.model}
+    parts += [Text("heads: " + "; ".join(f"{heads} of {model}" for heads, model in models.items()))] if models else []
     troubles = [row for row in rows if row.status not in (OK, "skipped", "absent")]
     parts += [_troubles(troubles)] if troubles else []
     parts += [Text("absent: " + "; ".join(f"{name} ({why})" for name, why in absent.items()))] if absent else []

@@ -171,13 +171,17 @@ class Bench:
         running: list[Process] = []
         started = time.monotonic()
         deadline = started + 2 * self.limit
-        for plan in plans:
-            if len(running) == self.jobs:
+        try:
+            for plan in plans:
+                if len(running) == self.jobs:
+                    running = _still_running(running, deadline)
+                # What Triton's tuner finds while others use the GPU must not be kept.
+                running.append(Process(plan, "compile", FLA_CACHE_RESULTS="0", TRITON_CACHE_AUTOTUNING="0"))
+            while running:
                 running = _still_running(running, deadline)
-            # What Triton's tuner finds while others use the GPU must not be kept.
-            running.append(Process(plan, "compile", FLA_CACHE_RESULTS="0", TRITON_CACHE_AUTOTUNING="0"))
-        while running:
-            running = _still_running(running, deadline)
+        finally:
+            for process in running:  # the user has had enough
+                process.close()
         self.tell(f"compiled in {time.monotonic() - started:.0f} s")
 
     def _listen(self, process: Process, monitor: Monitor) -> tuple[set[int], Event]:

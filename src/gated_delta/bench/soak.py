@@ -80,7 +80,7 @@ def _one(case: Case, device: torch.device) -> str:
     try:
         inputs = make_sets(case, device, 0)[0]
         truth = check.exact(case, inputs)
-        bound = ours.contenders(case)[0].bind(inputs)
+        bound = ours.contenders(case, device.type)[0].bind(inputs)
         bound.call()
         verdict = check.judge(truth, bound.results(), None)
     except Exception as error:

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 
 from gated_delta.bench import check, floors, peers, timing
-from gated_delta.bench.cases import Case
+from gated_delta.bench.cases import MODELS, Case
 from gated_delta.bench.inputs import Inputs, make_sets
 from gated_delta.bench.records import CEILINGS, OK, Row
 
@@ -69,7 +69,7 @@ class Worker:
     def _contenders(self, number: int, case: Case) -> Iterator[tuple[str, peers.Contender]]:
         for name, adapter in self.adapters:
             self.say("begin", case=number, contender=name, stage="being asked what it can do", adapter=name, asked=True)
-            for contender in adapter.contenders(case):
+            for contender in adapter.contenders(case, self.device.type):
                 if (number, contender.name) not in self.leave_out:
                     yield name, contender
 
@@ -177,7 +177,8 @@ def describe(case: Case) -> dict[str, Any]:
     return {
         "group": case.group,
         "case": case.name if case.group != "host" else f"{case.operation} {case.name}",
-        "heads": str(case.heads), "head_k": case.heads.k, "head_v": case.heads.v, "form": case.form, "size": case.size,
+        "model": MODELS[case.heads].name if case.heads in MODELS else "", "heads": str(case.heads),
+        "head_k": case.heads.k, "head_v": case.heads.v, "form": case.form, "size": case.size,
         "rows": len(case.lengths), "tokens": sum(case.lengths), "state": case.state if stateful else "",
         "gates": case.gates if stateful else "", "bytes": needed and needed.read + needed.written,
         "operations": needed and needed.operations,

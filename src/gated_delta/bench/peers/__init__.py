@@ -4,7 +4,7 @@ An adapter is a module with
 
 * ``PACKAGE``: what is imported (looked for, not imported, to say whether the peer is there), None if nothing is needed;
 * ``DISTRIBUTION``: whose version is recorded; ``DEVICES``: where it runs, of "cpu" and "cuda";
-* ``contenders(case)``: the ways in which it does a case, none if it can't. It may import the peer.
+* ``contenders(case, device)``: the ways in which it does a case there, none if it can't.
 
 An adapter translates our arguments to the peer's conventions when it binds a set of inputs, which is not timed; what
 is timed is the call. A dotted name after ``--peers`` is an adapter of the user's own.
@@ -61,7 +61,7 @@ class Adapter(Protocol):
     DISTRIBUTION: str | None
     DEVICES: tuple[str, ...]
 
-    def contenders(self, case: Case) -> list[Contender]: ...
+    def contenders(self, case: Case, device: str) -> list[Contender]: ...
 
 
 def load(name: str) -> Adapter:

@@ -24,8 +24,8 @@ DEVICES = ("cpu", "cuda")
 os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")  # its own kernels, not FlashQLA's, which stand apart
 
 
-def contenders(case: Case) -> list[Contender]:
-    if not torch.cuda.is_available():
+def contenders(case: Case, device: str) -> list[Contender]:
+    if device == "cpu":
         same = len(set(case.lengths)) == 1
         naive = case.operation == "prefill" and same
         return [Contender("fla (torch)", partial(_naive, case))] if naive else []

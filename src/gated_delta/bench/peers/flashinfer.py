@@ -22,7 +22,7 @@ DISTRIBUTION = "flashinfer-python"
 DEVICES = ("cuda",)
 
 
-def contenders(case: Case) -> list[Contender]:
+def contenders(case: Case, device: str) -> list[Contender]:
     if (case.heads.k, case.heads.v) != (128, 128):
         return []
     bind = {"prefill": _prefill, "decode": _decode, "verify": _verify}.get(case.operation)

@@ -15,7 +15,7 @@ DISTRIBUTION = "flash-qla"
 DEVICES = ("cuda",)
 
 
-def contenders(case: Case) -> list[Contender]:
+def contenders(case: Case, device: str) -> list[Contender]:
     if case.operation != "prefill" or (case.heads.k, case.heads.v) != (128, 128):
         return []
     return [Contender("flashqla", partial(_prefill, case))]

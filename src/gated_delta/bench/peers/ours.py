@@ -20,7 +20,7 @@ DEVICES = ("cpu", "cuda")
 RECURRENT = ("q", "k", "v", "A_log", "a", "dt_bias", "b")
 
 
-def contenders(case: Case) -> list[Contender]:
+def contenders(case: Case, device: str) -> list[Contender]:
     of_rule = {"prefill": prefill_with, "decode": decode_with, "verify": verify_with}
     if case.operation in of_rule:
         return [Contender(OURS, partial(of_rule[case.operation], gd, case))]

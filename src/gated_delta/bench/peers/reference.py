@@ -22,7 +22,7 @@ MOST_TOKENS = 4096
 """Of a sequence: a loop over more takes minutes."""
 
 
-def contenders(case: Case) -> list[Contender]:
+def contenders(case: Case, device: str) -> list[Contender]:
     if case.operation == "prefill" and max(case.lengths) <= MOST_TOKENS:
         return [Contender("token loop", partial(_loop, case)), Contender("chunks in fp32", partial(_chunks, case))]
     if case.operation in ("decode", "verify") and case.form in ("V-major", "pool", "final"):

@@ -17,7 +17,7 @@ DEVICES = ("cpu",)
 MODULE = "transformers.models.qwen3_next.modeling_qwen3_next"
 
 
-def contenders(case: Case) -> list[Contender]:
+def contenders(case: Case, device: str) -> list[Contender]:
     if case.operation == "prefill" and len(set(case.lengths)) == 1:
         return [Contender("transformers (torch)", partial(_prefill, case))]
     return []

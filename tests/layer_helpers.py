@@ -84,12 +84,13 @@ def trace(
     """
     c, stored = layer.config, hidden.dtype
     p = layer.project(hidden)
+    a, b, z = p.heads.a.flatten(1), p.heads.b.flatten(1), p.heads.z.flatten(1, 2)
     starts, history = torch.tensor([0, len(hidden)]), torch.zeros(1, c.conv_width - 1, c.conv_dim)
     mixed = oracle.conv(p.qkv, layer.conv1d.weight[:, 0], None, history, starts, "silu", dtype=dtype).to(stored)
     q, k, v = (x[None].to(dtype) for x in layer.split_heads(mixed))
     q, k = reference.l2norm(q), reference.l2norm(k)
-    alpha = reference.decay(layer.A_log, p.a, layer.dt_bias, dtype=dtype)[None]
-    beta = reference.write_strength(p.b, allow_neg_eigval=c.allow_neg_eigval, dtype=dtype)[None]
+    alpha = reference.decay(layer.A_log, a, layer.dt_bias, dtype=dtype)[None]
+    beta = reference.write_strength(b, allow_neg_eigval=c.allow_neg_eigval, dtype=dtype)[None]
     state = torch.zeros(1, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=dtype)
     outputs, states = [], []
     for start, end in pairwise(sorted({0, *cuts, len(hidden)})):
@@ -100,7 +101,7 @@ def trace(
         outputs.append(output[0])
         states += kept
     core = torch.cat(outputs).to(stored)
-    normed = reference.rms_norm_gated(core, p.z, layer.norm.weight, c.norm_eps, c.output_gate, dtype=dtype)
+    normed = reference.rms_norm_gated(core, z, layer.norm.weight, c.norm_eps, c.output_gate, dtype=dtype)
     return Trace(layer.out_proj(normed.flatten(1).to(stored)), p.qkv, torch.cat(states))
 
 
@@ -186,7 +187,7 @@ class Engine:
 
     def add(self, length: int, *, seed: int | None = None) -> Sequence:
         seed = len(self.sequences) if seed is None else seed
-        dtype, size = self.layer.out_proj.weight.dtype, self.layer.config.hidden_size
+        dtype, size = self.layer.dt_bias.dtype, self.layer.config.hidden_size
         hidden = normal(length, size, seed=seed, dtype=dtype)
         sequence = Sequence(hidden, exact_output(self.layer, hidden), self.pool.allocate(self.num_spec + 1))
         self.sequences.append(sequence)
@@ -201,7 +202,7 @@ class Engine:
     def step(self, *moves: Move, padding: int = 0) -> None:
         """One forward; the outputs of the tokens that are kept are remembered."""
         inputs, kept = [], [move.tokens if move.kept is None else move.kept for move in moves]
-        size, dtype = self.layer.config.hidden_size, self.layer.out_proj.weight.dtype
+        size, dtype = self.layer.config.hidden_size, self.layer.dt_bias.dtype
         for move, count in zip(moves, kept, strict=True):
             sequence = move.sequence
             inputs.append(sequence.hidden[sequence.done : sequence.done + count])

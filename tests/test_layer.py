@@ -64,11 +64,12 @@ def test_project_reads_the_checkpoint_layout(layout: str, heads: tuple[int, int]
     config = replace(SMALL, projection=layout, num_k_heads=heads[0], num_v_heads=heads[1])
     layer, hidden = make_layer(config), normal(9, 48, seed=0)
     p = layer.project(hidden)
-    assert p.z.shape == (9, heads[1], config.head_v_dim)
+    z = p.heads.z.flatten(1, 2)
+    assert z.shape == (9, heads[1], config.head_v_dim)
     q, k, v = layer.split_heads(p.qkv)
     assert q.shape == k.shape == (9, heads[0], config.head_k_dim)
-    assert v.shape == p.z.shape
-    actual = {"q": q, "k": k, "v": v, "z": p.z, "b": p.b, "a": p.a}
+    assert v.shape == z.shape
+    actual = {"q": q, "k": k, "v": v, "z": z, "b": p.heads.b, "a": p.heads.a}
     plain, exact = slow_project(layer, hidden), slow_project(layer.double(), hidden.double())
     for name, x in actual.items():
         assert_within_budget(name, x.flatten(1), plain[name], exact[name])

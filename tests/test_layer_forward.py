@@ -136,9 +136,9 @@ class ForgetsGates(GatedDeltaNetAttention):
         self.projected = super().project(hidden)
         return self.projected
 
-    def _spec_rows(self, qkv: Tensor, a: Tensor, b: Tensor, batch: GatedDeltaNetBatch, state: LayerState) -> Tensor:
-        p = self.projected
-        return super()._spec_rows(qkv, p.a[: len(a)], p.b[: len(b)], batch, state)
+    def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState) -> Tensor:
+        qkvz, ba = p.outputs
+        return super()._spec_rows(replace(p, outputs=(qkvz, self.projected.outputs[1][: len(ba)])), batch, state)
 
 
 @pytest.mark.parametrize(("scenario", "seen"), [(plain_row_first, True), (every_acceptance, False)])

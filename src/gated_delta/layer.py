@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,23 +16,73 @@ from gated_delta.conv import causal_conv1d, causal_conv1d_update
 from gated_delta.decode import gated_delta_rule_decode_pretranspose
 from gated_delta.errors import ShapeError
 from gated_delta.norm import rms_norm_gated
+from gated_delta.parallel import Parallel
 from gated_delta.prefill import chunk_gated_delta_rule
 from gated_delta.state import LayerState
 from gated_delta.validation import data
 from gated_delta.verify import gated_delta_rule_mtp
 
 
-class Projected(NamedTuple):
-    """What the input projections give for ``L`` tokens."""
+class Heads(NamedTuple):
+    """Views of ``L`` tokens' inputs by key head, and by the R value heads that belong to it."""
 
-    qkv: Tensor
-    """``[L, conv_dim]``: q, k and v side by side, before the convolution."""
+    q: Tensor
+    """``[L, Hk, K]``, before the convolution, as k and v."""
+    k: Tensor
+    v: Tensor
+    """``[L, Hk, R, V]``"""
     z: Tensor
-    """``[L, HV, V]``: the output gate."""
+    """``[L, Hk, R, V]``: the output gate."""
     b: Tensor
-    """``[L, HV]``: write strength before its sigmoid."""
+    """``[L, Hk, R]``: write strength before its sigmoid."""
     a: Tensor
-    """``[L, HV]``: decay before its softplus."""
+    """``[L, Hk, R]``: decay before its softplus."""
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What the input projections give for ``L`` tokens, as they gave it."""
+
+    config: GatedDeltaNetConfig
+    outputs: tuple[Tensor, ...]
+    """``[L, rows of the weight]`` each."""
+
+    @property
+    def heads(self) -> Heads:
+        c = self.config
+        values = (c.ratio, c.head_v_dim)
+        if c.projection == "interleaved":
+            qkvz, ba = (x.unflatten(1, (c.num_k_heads, -1)) for x in self.outputs)
+            wide = c.ratio * c.head_v_dim
+            q, k, v, z = qkvz.split((c.head_k_dim, c.head_k_dim, wide, wide), dim=-1)
+            return Heads(q, k, v.unflatten(-1, values), z.unflatten(-1, values), *ba.split(c.ratio, dim=-1))
+        joined = self.outputs
+        if c.projection == "merged":
+            joined = (*joined[0].split((c.conv_dim, c.value_dim), dim=-1), *joined[1].split(c.num_v_heads, dim=-1))
+        qkv, z, b, a = joined
+        q, k, v = qkv.split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
+        keys, gates = (c.num_k_heads, c.head_k_dim), (c.num_k_heads, c.ratio)
+        v, z = (x.unflatten(-1, (c.num_k_heads, *values)) for x in (v, z))
+        return Heads(q.unflatten(-1, keys), k.unflatten(-1, keys), v, z, b.unflatten(-1, gates), a.unflatten(-1, gates))
+
+    @property
+    def qkv(self) -> Tensor:
+        """``[L, conv_dim]``: q, k and v side by side, before the convolution."""
+        if self.config.projection == "interleaved":
+            return torch.cat([x.flatten(1) for x in self.heads[:3]], dim=-1)
+        return self.outputs[0][:, : self.config.conv_dim]
+
+    def of(self, tokens: Tensor | slice) -> Projected:
+        """Some of the tokens: everything that belongs to a token moves with it, its gates too."""
+        return Projected(self.config, tuple(x[tokens] for x in self.outputs))
+
+
+def projection_sizes(c: GatedDeltaNetConfig) -> dict[str, int]:
+    """The input projections of a layout, and how many outputs each has."""
+    if c.projection == "flat":
+        gates = dict.fromkeys(("in_proj_b", "in_proj_a"), c.num_v_heads)
+        return {"in_proj_qkv": c.conv_dim, "in_proj_z": c.value_dim, **gates}
+    return {"in_proj_qkvz": c.conv_dim + c.value_dim, "in_proj_ba": 2 * c.num_v_heads}
 
 
 class GatedRMSNorm(nn.Module):
@@ -43,25 +94,31 @@ class GatedRMSNorm(nn.Module):
 
 
 class GatedDeltaNetAttention(nn.Module):
-    """One Gated Delta Net layer. Parameter names are those of the published checkpoints."""
+    """One Gated Delta Net layer. Parameter names are those of the published checkpoints.
 
-    def __init__(self, config: GatedDeltaNetConfig) -> None:
+    A projection may be replaced by any module with its inputs and outputs (quantised, with an adapter).
+
+    Args:
+        config: shape of the whole layer. ``self.config`` is that of this rank's part.
+        parallel: this process among those that share the heads (:mod:`gated_delta.parallel`).
+
+    Raises:
+        OptionError: the number of ranks does not divide the heads.
+    """
+
+    def __init__(self, config: GatedDeltaNetConfig, parallel: Parallel | None = None) -> None:
         super().__init__()
-        self.config = c = config
+        self.whole_config, self.parallel = config, parallel or Parallel()
+        self.config = c = config.shard(self.parallel.size)
         hidden, gates = c.hidden_size, c.num_v_heads
-        if c.projection == "interleaved":
-            self.in_proj_qkvz = nn.Linear(hidden, c.conv_dim + c.value_dim, bias=False)
-            self.in_proj_ba = nn.Linear(hidden, 2 * gates, bias=False)
-        else:
-            self.in_proj_qkv = nn.Linear(hidden, c.conv_dim, bias=False)
-            self.in_proj_z = nn.Linear(hidden, c.value_dim, bias=False)
-            self.in_proj_b = nn.Linear(hidden, gates, bias=False)
-            self.in_proj_a = nn.Linear(hidden, gates, bias=False)
+        for name, size in projection_sizes(c).items():
+            setattr(self, name, nn.Linear(hidden, size, bias=False))
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_width, groups=c.conv_dim, bias=False)
         self.A_log = nn.Parameter(torch.empty(gates).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(_inverse_softplus(torch.empty(gates).uniform_(1e-3, 1e-1)))
         self.norm = GatedRMSNorm(c.head_v_dim)
         self.out_proj = nn.Linear(c.value_dim, hidden, bias=False)
+        self._probed = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedDeltaNetAttention:
         """Dtype casts leave ``A_log`` in fp32: rounded to bf16 it would move the decay by up to 0.7 %."""
@@ -72,18 +129,27 @@ class GatedDeltaNetAttention(nn.Module):
         return self
 
     def project(self, hidden: Tensor) -> Projected:
-        """Hidden ``[L, hidden]`` -> the inputs of convolution, gates and gated norm."""
-        c = self.config
-        if c.projection == "flat":
-            z = self.in_proj_z(hidden).unflatten(-1, (c.num_v_heads, c.head_v_dim))
-            return Projected(self.in_proj_qkv(hidden), z, self.in_proj_b(hidden), self.in_proj_a(hidden))
-        ratio = c.num_v_heads // c.num_k_heads
-        widths = (c.head_k_dim, c.head_k_dim, ratio * c.head_v_dim, ratio * c.head_v_dim)
-        grouped = self.in_proj_qkvz(hidden).unflatten(-1, (c.num_k_heads, sum(widths)))
-        q, k, v, z = (x.flatten(1) for x in grouped.split(widths, dim=-1))
-        b, a = self.in_proj_ba(hidden).unflatten(-1, (c.num_k_heads, 2, ratio)).unbind(-2)
-        z = z.unflatten(-1, (c.num_v_heads, c.head_v_dim))
-        return Projected(torch.cat((q, k, v), dim=-1), z, b.flatten(1), a.flatten(1))
+        """Hidden ``[L, hidden]`` -> the inputs of convolution, gates and gated norm.
+
+        Raises:
+            ShapeError: a projection gives another shape than the layer's own would.
+        """
+        sizes = projection_sizes(self.config)
+        return Projected(self.config, tuple(self._apply_to(name, hidden, size) for name, size in sizes.items()))
+
+    def _apply_to(self, name: str, x: Tensor, size: int) -> Tensor:
+        """``x`` through the projection of that name, which may be anybody's module."""
+        y = getattr(self, name)(x)
+        if y.shape != (len(x), size):
+            was, must = f"of shape {list(y.shape)}", f"[{len(x)}, {size}]"
+            raise ShapeError("GatedDeltaNetAttention", f"what {name} gives", was, must)
+        return y
+
+    def _probe_output(self, hidden: Tensor) -> None:
+        """Find an output projection of the wrong shape before any state is written. Once for a module."""
+        if self._probed != id(self.out_proj) and not torch.compiler.is_compiling():
+            self._apply_to("out_proj", hidden.new_zeros(1, self.config.value_dim), self.config.hidden_size)
+            self._probed = id(self.out_proj)
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[..., conv_dim]`` -> q and k ``[..., Hk, K]``, v ``[..., HV, V]``, all views."""
@@ -99,33 +165,33 @@ class GatedDeltaNetAttention(nn.Module):
         """
         c = self.config
         actual = batch.num_actual_tokens
+        self._probe_output(hidden)
         p = self.project(hidden[:actual])
-        core = torch.zeros_like(p.z)
+        z = p.heads.z.flatten(1, 2)
+        core = torch.zeros_like(z)
         if batch.num_spec_decodes == 0:
-            self._plain_rows(p.qkv, p.a, p.b, batch, state, core)
+            self._plain_rows(p, batch, state, core)
         else:
             assert batch.spec_token_index is not None and batch.non_spec_token_index is not None
-            # Everything that belongs to a token moves with it, its gates a and b too.
             spec, plain = batch.spec_token_index, batch.non_spec_token_index
-            core[spec] = self._spec_rows(p.qkv[spec], p.a[spec], p.b[spec], batch, state)
+            core[spec] = self._spec_rows(p.of(spec), batch, state)
             if batch.num_prefills:
                 part = torch.zeros_like(core[plain])
-                self._plain_rows(p.qkv[plain], p.a[plain], p.b[plain], batch, state, part)
+                self._plain_rows(p.of(plain), batch, state, part)
                 core[plain] = part
-        normed = rms_norm_gated(core, p.z, self.norm.weight, c.norm_eps, c.output_gate)
+        normed = rms_norm_gated(core, z, self.norm.weight, c.norm_eps, c.output_gate)
         output = hidden.new_zeros(hidden.shape)
-        output[:actual] = self.out_proj(normed.flatten(1))
+        output[:actual] = self.parallel.total(self.out_proj(normed.flatten(1)))
         return output
 
-    def _plain_rows(
-        self, qkv: Tensor, a: Tensor, b: Tensor, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor
-    ) -> None:
+    def _plain_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         """Decodes, then prefills, each with the operator made for it; ``output`` is ``[tokens, HV, V]``."""
         assert batch.non_spec_query_start_loc is not None and batch.non_spec_state_indices is not None
         decodes, weight = batch.num_decodes, self.conv1d.weight[:, 0]
         if data.is_checked():
             data.decodes_have_history(batch.has_initial_state, decodes)
         slots, null = batch.non_spec_state_indices, state.null_slot
+        qkv, a, b = p.qkv, p.heads.a.flatten(1), p.heads.b.flatten(1)
         if decodes:
             rows = slice(0, decodes)
             x = causal_conv1d_update(qkv[rows], state.conv, weight, state_indices=slots[rows], null_slot=null)
@@ -166,7 +232,7 @@ class GatedDeltaNetAttention(nn.Module):
             null_slot=state.null_slot,
         )  # fmt: skip
 
-    def _spec_rows(self, qkv: Tensor, a: Tensor, b: Tensor, batch: GatedDeltaNetBatch, state: LayerState) -> Tensor:
+    def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState) -> Tensor:
         """Speculative rows, ragged in their packed tokens and padded to ``num_spec + 1`` for the operator."""
         starts, slots, accepted = batch.spec_query_start_loc, batch.spec_state_indices, batch.num_accepted_tokens
         assert starts is not None and slots is not None and accepted is not None
@@ -174,8 +240,9 @@ class GatedDeltaNetAttention(nn.Module):
         if slots.shape[1] > most:
             was, must = f"of {slots.shape[1]} columns", f"of at most {most}, as the pool's convolution window allows"
             raise ShapeError("GatedDeltaNetAttention", "spec_state_indices", was, must)
+        a, b = p.heads.a.flatten(1), p.heads.b.flatten(1)
         x = causal_conv1d_update(
-            qkv, state.conv, self.conv1d.weight[:, 0], state_indices=slots[:, 0], num_accepted_tokens=accepted,
+            p.qkv, state.conv, self.conv1d.weight[:, 0], state_indices=slots[:, 0], num_accepted_tokens=accepted,
             cu_seqlens=starts, null_slot=state.null_slot,
         )  # fmt: skip
         token = starts[:-1, None] + torch.arange(slots.shape[1], device=x.device)
@@ -200,14 +267,15 @@ class GatedDeltaNetAttention(nn.Module):
         c = self.config
         batch, length, _ = hidden.shape
         p = self.project(hidden.flatten(0, 1))
+        heads = p.heads
         starts = torch.arange(batch + 1, device=hidden.device) * length
         history = p.qkv.new_zeros(batch, c.conv_width - 1, c.conv_dim, dtype=dtype)
         extended = reference.extend(p.qkv, history, starts)
         mixed = reference.causal_conv1d(extended, self.conv1d.weight[:, 0], None, "silu")
         q, k, v = self.split_heads(mixed)
         q, k = reference.l2norm(q), reference.l2norm(k)
-        alpha = reference.decay(self.A_log, p.a, self.dt_bias, dtype=dtype)
-        beta = reference.write_strength(p.b, allow_neg_eigval=c.allow_neg_eigval, dtype=dtype)
+        alpha = reference.decay(self.A_log, heads.a.flatten(1), self.dt_bias, dtype=dtype)
+        beta = reference.write_strength(heads.b.flatten(1), allow_neg_eigval=c.allow_neg_eigval, dtype=dtype)
         state = mixed.new_zeros(batch, c.num_v_heads, c.head_v_dim, c.head_k_dim)
         scale = c.head_k_dim**-0.5
         if token_by_token:
@@ -216,8 +284,9 @@ class GatedDeltaNetAttention(nn.Module):
         else:
             spans = [(i * length, (i + 1) * length) for i in range(batch)]
             output = reference.chunked(q, k, v, alpha, beta, scale, state, spans, dtype=dtype).output
-        normed = reference.rms_norm_gated(output, p.z, self.norm.weight, c.norm_eps, c.output_gate, dtype=dtype)
-        return self.out_proj(normed.flatten(1).to(hidden.dtype)).unflatten(0, (batch, length))
+        z = heads.z.flatten(1, 2)
+        normed = reference.rms_norm_gated(output, z, self.norm.weight, c.norm_eps, c.output_gate, dtype=dtype)
+        return self.parallel.total(self.out_proj(normed.flatten(1).to(hidden.dtype))).unflatten(0, (batch, length))
 
 
 def _inverse_softplus(x: Tensor) -> Tensor:

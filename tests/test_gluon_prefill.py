@@ -1,0 +1,345 @@
+"""Prefill of Hopper against the contract: on a Hopper GPU, and on CPUs by the emulator, which also finds races."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gluon_emulator
+from gated_delta.testing import oracle
+from gated_delta.testing.budget import assert_within_budget
+from gated_delta.testing.inputs import Inputs, prefill_inputs, to_device, with_state
+from helpers import DEVICE, FLOATS, Pool, nans, prefill, same_bits, sequences, span, tokens
+
+host = import_module("gated_delta.kernels.gluon.prefill")
+OPERATORS = import_module("gated_delta.kernels.triton")
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not HOPPER, reason="needs a Hopper GPU, or none")
+emulated = pytest.mark.skipif(DEVICE == "cuda", reason="looks for what a GPU may get right by chance")
+
+
+@pytest.fixture(autouse=True)
+def in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OPERATORS, "prefill", host.prefill)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(host, "launch", gluon_emulator.launch)
+
+
+def small(lengths: Any = (70, 0, 5), *, state: torch.dtype = torch.float32, **options: Any) -> Inputs:
+    sizes = {"hq": 1, "hk": 1, "hv": 1, "head_k": 128, "head_v": 128}
+    return with_state(prefill_inputs(lengths, **{**sizes, **options}), dtype=state)
+
+
+def run(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
+    """Output and final state, on the CPU."""
+    output, state = prefill(to_device({**inputs, **options}, DEVICE), backend="triton")
+    return output.cpu(), state.cpu()
+
+
+def spread(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+    """An index tensor with a stride, on the device."""
+    return torch.tensor(values, dtype=dtype, device=DEVICE).repeat_interleave(3)[::3]
+
+
+def assert_right(inputs: Inputs, output: Tensor, state: Tensor) -> None:
+    """Judged by a plain evaluation that rounds what enters a product, S and u, to the activations' dtype."""
+    plain = oracle.prefill(**inputs, dtype=torch.float32, operands=inputs["q"].dtype)
+    exact = oracle.prefill(**inputs)
+    assert_within_budget("output", output.cpu(), plain.output, exact.output)
+    assert_within_budget("state", state.cpu(), plain.state, exact.state)
+
+
+def every_fifth(inputs: Inputs, name: str, *values: float) -> Inputs:
+    changed = inputs[name].clone()
+    for i, row in enumerate(range(2, len(changed), 5)):
+        changed[row] = values[i % len(values)]
+    return {**inputs, name: changed}
+
+
+def constant(inputs: Inputs, name: str, value: float) -> Inputs:
+    return {**inputs, name: torch.full_like(inputs[name], value)}
+
+
+def unit(inputs: Inputs, factor: float) -> Inputs:
+    """Q and k of another length, for the operator to normalise."""
+    return {**inputs, **{name: inputs[name] * factor for name in "qk"}, "use_qk_l2norm_in_kernel": True}
+
+
+GATES: dict[str, Callable[[torch.dtype], Inputs]] = {
+    **{kind: lambda t, kind=kind: small(dtype=t, gates=kind) for kind in ("none", "weak", "mix", "model", "strong")},
+    "linear": lambda t: small(dtype=t, g_space="linear"),
+    "-20 nats, then weak": lambda t: every_fifth(small(dtype=t, gates="weak"), "g", -20.0),
+    "log gate 0 and -inf": lambda t: every_fifth(small(dtype=t, gates="weak"), "g", 0.0, -torch.inf),
+    "alpha 0 and 1": lambda t: every_fifth(small(dtype=t, gates="weak", g_space="linear"), "g", 0.0, 1.0),
+    "alpha all 0": lambda t: constant(small(dtype=t, g_space="linear"), "g", 0.0),
+    "beta 0, 1 and 2": lambda t: every_fifth(small(dtype=t), "beta", 0.0, 1.0, 2.0),
+    "beta all 0": lambda t: constant(small(dtype=t), "beta", 0.0),
+    "similar keys": lambda t: small([330], dtype=t, gates="weak", similar_keys=True),
+    "similar keys, beta 1": lambda t: constant(small([330], dtype=t, gates="weak", similar_keys=True), "beta", 1.0),
+    "similar keys, beta 2": lambda t: constant(small([330], dtype=t, gates="weak", similar_keys=True), "beta", 2.0),
+    "similar keys, no decay": lambda t: small([330], dtype=t, gates="none", similar_keys=True),
+    "normalised": lambda t: small(dtype=t, gates="weak") | {"use_qk_l2norm_in_kernel": True},
+    "short vectors to normalise": lambda t: unit(small(dtype=t), 2e-3),
+    "long vectors to normalise": lambda t: unit(small(dtype=t), 30.0),
+    "similar keys to normalise": lambda t: unit(small([330], dtype=t, gates="weak", similar_keys=True), 30.0),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates_and_keys(name: str) -> None:
+    inputs = GATES[name](torch.bfloat16)
+    assert_right(inputs, *run(inputs))
+
+
+INEXACT = [name for name in GATES if name.startswith("similar keys, ")]
+
+
+@pytest.mark.parametrize("name", [name for name in GATES if name not in INEXACT])
+def test_fp16(name: str) -> None:
+    inputs = GATES[name](torch.float16)
+    assert_right(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize("name", INEXACT)
+@pytest.mark.xfail(strict=False, reason="fp16 products make (I + N)^-1, which leaves no bit to spare for fp16 states")
+def test_fp16_with_similar_keys(name: str) -> None:
+    inputs = GATES[name](torch.float16)
+    assert_right(inputs, *run(inputs))
+
+
+def test_a_strong_decay_costs_the_weak_ones_behind_it_nothing() -> None:
+    """fp16, so that an error of the gates would show: half a chunk of zeros, then weak gates."""
+    inputs = small([64], dtype=torch.float16, gates="weak", g_space="linear")
+    inputs["g"][:32] = 0.0
+    assert_right(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize("left_out", ["g", "beta"])
+def test_gates_left_out_are_one(left_out: str) -> None:
+    inputs = small(gates="weak", g_space="linear")
+    given = {name: value for name, value in inputs.items() if name != left_out}
+    assert_right(constant(inputs, left_out, 1.0), *run(given))
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.5])
+def test_any_scale_is_honoured(scale: float) -> None:
+    inputs = small([40]) | {"scale": scale}
+    output, state = run(inputs)
+    assert_right(inputs, output, state)
+    assert bool((output == 0).all()) == (scale == 0)
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 4), (1, 1, 3), (4, 2, 2)])
+def test_grouped_heads(heads: tuple[int, int, int]) -> None:
+    inputs = small([70], **dict(zip(("hq", "hk", "hv"), heads, strict=True)))
+    assert_right(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 129, 400])
+def test_lengths(length: int) -> None:
+    inputs = small([length], gates="weak")
+    assert_right(inputs, *run(inputs))
+
+
+def test_rows_of_fused_buffers() -> None:
+    inputs = small([33, 70], hv=2)
+    given = to_device(inputs, DEVICE)
+    fused = torch.cat([given[name].flatten(1) for name in "qkv"], dim=1)
+    for name, x in zip("qkv", fused.split([given[name].flatten(1).shape[1] for name in "qkv"], dim=1), strict=True):
+        given[name] = x.unflatten(1, given[name].shape[1:])
+    for name in ("g", "beta"):
+        given[name] = torch.cat((given[name], nans(103, 3).to(DEVICE)), dim=1)[:, :2]
+    given["cu_seqlens"] = spread(inputs["cu_seqlens"].tolist())
+    assert_right(inputs, *prefill(given, backend="triton"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_output_and_states_of_the_caller(dtype: torch.dtype) -> None:
+    inputs = small(state=dtype)
+    wide, states = nans(75, 3, 144, dtype=dtype).to(DEVICE), nans(3, 2, 130, 136, dtype=dtype).to(DEVICE)
+    output, state = wide[:, 1:2, 8:136], states[:, 1:, 2:, :128]
+    prefill({**to_device(inputs, DEVICE), "output": output, "output_state": state}, backend="triton")
+    assert_right(inputs, output, state)
+    for x, whole in ((output, wide), (state, states)):
+        x[:] = torch.nan
+        assert bool(whole.isnan().all())
+
+
+def pool_of(states: Tensor, slots: list[int], size: int) -> Pool:
+    pool = Pool(states, slots, size=size)
+    pool.page, pool._before = pool.page.to(DEVICE), pool._before.to(DEVICE)
+    pool.view = pool._cut(pool.page)
+    return pool
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_pool_in_place(dtype: torch.dtype) -> None:
+    inputs, slots = small(state=dtype), [6, 2, 9]
+    pool = pool_of(inputs["initial_state"], slots, 11)
+    given = {**to_device(inputs, DEVICE), "initial_state": pool.view, "state_indices": spread(slots, torch.int32)}
+    output, state = prefill(given, backend="triton")
+    assert state.data_ptr() == pool.view.data_ptr()
+    assert_right(inputs, output, pool.view[slots])
+    assert pool.untouched_except(slots)
+
+
+@pytest.mark.parametrize("null_slot", [None, 3])
+@pytest.mark.parametrize("ours", [True, False])
+def test_padding_rows(null_slot: int | None, ours: bool) -> None:
+    inputs = small([33, 66, 20])
+    pool = pool_of(inputs["initial_state"][[0, 2]], [5, 1], 9)
+    given = {**to_device(inputs, DEVICE), "initial_state": pool.view}
+    for name in ("q", "k", "v", "g", "beta"):
+        given[name] = given[name].clone()
+        given[name][33:99] = torch.nan
+    mine = None if ours else nans(119, 1, 128, dtype=torch.bfloat16).to(DEVICE)
+    slots = torch.tensor([5, -1 if null_slot is None else null_slot, 1], device=DEVICE)
+    output, _ = prefill({**given, "state_indices": slots, "null_slot": null_slot, "output": mine}, backend="triton")
+    padded = output[33:99]
+    assert bool((padded == 0).all() if ours else padded.isnan().all())
+    assert_right(sequences(inputs, [0, 2]), torch.cat((output[:33], output[99:])), pool.view[[5, 1]])
+    assert pool.untouched_except([5, 1])
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_sequences_without_initial_state_start_from_zero(pooled: bool) -> None:
+    inputs, slots = small([33, 0, 20]), [6, 2, 4]
+    has = spread([0, 0, 1], torch.bool)
+    chosen = has.cpu()[:, None, None, None]
+    logical = {**inputs, "initial_state": torch.where(chosen, inputs["initial_state"], 0.0)}
+    pool = pool_of(torch.where(chosen, inputs["initial_state"], torch.nan), slots, 7)
+    where: Inputs = {"initial_state": pool.view[slots]}
+    if pooled:
+        where = {"initial_state": pool.view, "state_indices": torch.tensor(slots, device=DEVICE)}
+    given = {**to_device(inputs, DEVICE), **where, "has_initial_state": has}
+    output, state = prefill(given, backend="triton")
+    state = state[slots] if pooled else state
+    assert_right(logical, output, state)
+    assert bool((state[1] == 0).all())
+
+
+@pytest.mark.parametrize("lengths", [[0], [0, 0, 65, 0, 1, 0, 64, 0]])
+def test_empty_sequences_keep_their_state(lengths: list[int]) -> None:
+    inputs = small(lengths)
+    output, state = run(inputs)
+    empty = [i for i, length in enumerate(lengths) if length == 0]
+    assert torch.equal(state[empty], inputs["initial_state"][empty])
+    assert_right(inputs, output, state)
+    assert bool((run({**inputs, "initial_state": None})[1][empty] == 0).all())
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_no_sequences_at_all(ours: bool) -> None:
+    inputs = small([70]) | {"cu_seqlens": torch.tensor([0]), "initial_state": None}
+    output, state = run(inputs, output=None if ours else nans(70, 1, 128))
+    assert bool((output == 0).all() if ours else output.isnan().all())
+    assert state.shape == (0, 1, 128, 128)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_tokens_behind_the_last_sequence_are_padding(ours: bool) -> None:
+    inputs = small([33, 70, 100])
+    given = {**inputs, "cu_seqlens": inputs["cu_seqlens"][:3], "initial_state": inputs["initial_state"][:2]}
+    for name in ("q", "k", "v", "g", "beta"):
+        given[name] = inputs[name].clone()
+        given[name][103:] = torch.nan
+    output, state = run(given, output=None if ours else nans(203, 1, 128, dtype=torch.bfloat16))
+    behind = output[103:]
+    assert bool((behind == 0).all() if ours else behind.isnan().all())
+    assert_right(sequences(inputs, [0, 1]), output[:103], state)
+
+
+@pytest.mark.parametrize("every", [64, 128])
+def test_checkpoints_are_the_final_states_of_prefixes(every: int) -> None:
+    lengths, first = [64, 200, 0, 63], [2, 4, 8, 9, 9]
+    inputs = small(lengths, state=torch.bfloat16)
+    stored = pool_of(nans(1, 1, 128, 128), [0], 12)
+    given = {**to_device(inputs, DEVICE), "state_checkpoints": stored.view, "checkpoint_every_n_tokens": every}
+    output, state = prefill({**given, "checkpoint_cu_starts": spread(first, torch.int32)}, backend="triton")
+    assert_right(inputs, output, state)
+    written = [first[i] + j for i, length in enumerate(lengths) for j in range(length // every)]
+    assert stored.untouched_except(written)
+    for i, length in enumerate(lengths):
+        alone = sequences(inputs, [i])
+        for j in range(length // every):
+            _, state = run(tokens(alone, 0, (j + 1) * every), output_state=nans(1, 1, 128, 128))
+            assert same_bits(stored.view[first[i] + j].cpu(), state[0]), (i, j)
+
+
+@pytest.mark.parametrize("splits", [(64,), (1, 65), (0, 128)])
+def test_continuation(splits: tuple[int, ...]) -> None:
+    inputs = small([150])
+    outputs, state = [], inputs["initial_state"]
+    for first, last in zip((0, *splits), (*splits, 150), strict=True):
+        output, state = run({**tokens(inputs, first, last), "initial_state": state})
+        outputs.append(output)
+    assert_right(inputs, torch.cat(outputs), state)
+
+
+def test_a_sequence_has_its_own_bits_whatever_the_batch() -> None:
+    inputs = small([70, 0, 1, 64]) | {"use_qk_l2norm_in_kernel": True}
+    output, state = run(inputs)
+    for chosen in ([0], [1], [2], [3, 0]):
+        some, some_state = run(sequences(inputs, chosen))
+        assert same_bits(some, torch.cat([output[span(inputs, i)] for i in chosen])), chosen
+        assert same_bits(some_state, state[chosen]), chosen
+
+
+@emulated
+def test_the_order_in_which_partitions_run_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, before = small([330]), None
+    for seed in range(5):
+        monkeypatch.setattr(host, "launch", partial(gluon_emulator.launch, seed=seed))
+        after = run(inputs)
+        assert before is None or all(same_bits(x, y) for x, y in zip(before, after, strict=True)), seed
+        before = after
+
+
+@pytest.fixture(params=[64, 128])
+def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tokens of a part, for the tests that want parts of short sequences."""
+    monkeypatch.setattr(host, "part_length", lambda *_: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", ["weak", "strong", "alpha 0 and 1", "similar keys", "similar keys, no decay"])
+def test_parts(name: str, part: int) -> None:
+    inputs = GATES[name](torch.bfloat16)
+    assert_right(inputs, *run(inputs))
+
+
+def test_parts_of_many_sequences(part: int) -> None:
+    inputs = unit(small([0, 130, 64, 1, 0, 129, 0], hv=2, gates="weak"), 3.0)
+    for some in ({}, {"initial_state": None}):
+        assert_right(inputs | some, *run(inputs | some))
+
+
+def test_parts_with_padding_and_checkpoints(part: int) -> None:
+    """A pool in place; the second sequence is padding, the third has no state before, and tokens are left over."""
+    inputs, slots, has = small([200, 130, 140, 33], gates="weak"), [5, -1, 1], [1, 1, 0]
+    chosen = [0, 2]
+    logical = sequences(inputs, chosen)
+    logical["initial_state"] = logical["initial_state"] * torch.tensor([1.0, 0.0])[:, None, None, None]
+    pool = pool_of(torch.where(logical["initial_state"] == 0, torch.nan, logical["initial_state"]), [5, 1], 9)
+    stored = pool_of(nans(1, 1, 128, 128), [0], 8)
+    given = {**to_device(inputs, DEVICE), "initial_state": pool.view, "cu_seqlens": inputs["cu_seqlens"][:4].to(DEVICE)}
+    for name in ("q", "k", "v", "g", "beta"):
+        given[name] = given[name].clone()
+        given[name][200:330] = given[name][470:] = torch.nan
+    given |= {"state_indices": spread(slots), "has_initial_state": spread(has, torch.bool)}
+    given |= {"state_checkpoints": stored.view, "checkpoint_every_n_tokens": 64}
+    output, _ = prefill({**given, "checkpoint_cu_starts": spread([1, 4, 4, 6])}, backend="triton")
+    assert_right(logical, torch.cat((output[:200], output[330:470])), pool.view[[5, 1]])
+    assert bool((output[200:330] == 0).all() and (output[470:] == 0).all())
+    assert pool.untouched_except([5, 1])
+    assert stored.untouched_except([1, 2, 3, 4, 5])
+    logical["checkpoint_every_n_tokens"] = 64
+    plain = oracle.prefill(**logical, dtype=torch.float32, operands=torch.bfloat16).kept
+    exact = oracle.prefill(**logical).kept
+    assert_within_budget("checkpoints", stored.view[1:6].cpu(), torch.stack(plain), torch.stack(exact))

@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -32,8 +33,10 @@ BF16, FP16, FP32, INT = torch.bfloat16, torch.float16, torch.float32, torch.int3
 newest_assembler: Any = import_module("gated_delta.kernels.triton.launch").newest_assembler
 OPERATORS: Any = import_module("gated_delta.kernels.triton")
 HOSTS: dict[str, Any] = {
-    name: import_module(f"gated_delta.kernels.triton.{name}") for name in ("recurrent", "prefill", "conv", "norm")
+    name: import_module(f"gated_delta.kernels.triton.{name}")
+    for name in ("recurrent", "prefill", "conv", "norm", "step")
 }
+HOSTS["hopper"] = import_module("gated_delta.kernels.gluon.prefill")
 
 
 class Launch(NamedTuple):
@@ -42,6 +45,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -75,6 +79,17 @@ def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, hea
     )  # fmt: skip
 
 
+def hopper(sequences: int, *, dtype: torch.dtype = BF16, norm: bool = True, checkpoints: bool = True) -> None:
+    """The same by the kernel for Hopper."""
+    q, v, gate = empty(8192, 16, 128, dtype=dtype), empty(8192, 32, 128, dtype=dtype), empty(8192, 32, dtype=FP32)
+    starts, slots, pool = empty(sequences + 1, dtype=INT), empty(sequences, dtype=INT), empty(64, 32, 128, 128, dtype=FP32)
+    kept = (pool, starts, 64) if checkpoints else (None, None, 0)
+    HOSTS["hopper"].prefill(
+        q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, norm, True, torch.empty_like(v),
+        True, pool, *kept,
+    )  # fmt: skip
+
+
 def conv() -> None:
     x, weight, states = empty(4096, 8192), empty(8192, 4), empty(65, 3, 8192).transpose(1, 2)
     starts, slots = empty(65, dtype=INT), empty(64, dtype=INT)
@@ -84,6 +99,29 @@ def conv() -> None:
 def conv_update(states: Tensor) -> None:
     x, slots = empty(64, 8192), empty(64, dtype=INT)
     OPERATORS.causal_conv1d_update(x, states, empty(8192, 4), None, True, slots, None, None, -1, torch.empty_like(x))
+
+
+def step(
+    rows: int, *, state: torch.dtype = FP32, ratio: int = 2, head_k: int = 128, head_v: int = 128, most: int = 1,
+    layout: str = "SD", dtype: torch.dtype = BF16,
+) -> None:  # fmt: skip
+    """16 key heads with the projections' rows grouped by them; with ``most`` above 1 a speculative step."""
+    tokens, wide = rows * most, ratio * head_v
+    grouped = empty(tokens, 16, 2 * head_k + 2 * wide, dtype=dtype)
+    q, k, v, z = grouped.split((head_k, head_k, wide, wide), dim=-1)
+    v, z = (x.unflatten(-1, (ratio, head_v)) for x in (v, z))
+    b, a = empty(tokens, 16, 2 * ratio, dtype=dtype).split(ratio, dim=-1)
+    channels, columns, heads = 16 * (2 * head_k + wide), 2 + most, 16 * ratio
+    conv = empty(65, columns, channels, dtype=dtype).transpose(1, 2) if layout == "SD" else empty(65, channels, columns)
+    slots, starts, accepted = empty(rows, dtype=INT), None, None
+    if most > 1:
+        slots, starts, accepted = empty(rows, most, dtype=INT), empty(rows + 1, dtype=INT), empty(rows, dtype=INT)
+    gate = empty(heads, dtype=FP32)
+    OPERATORS.gated_delta_net_step(
+        q, k, v, z, b, a, conv, empty(channels, 4, dtype=dtype), empty(65, heads, head_v, head_k, dtype=state), gate,
+        gate, empty(head_v), head_k**-0.5, 1e-6, "silu", False, slots, starts, accepted, empty(65, 16, dtype=INT), -1,
+        empty(tokens, heads, head_v, dtype=dtype),
+    )  # fmt: skip
 
 
 def norm() -> None:
@@ -125,14 +163,42 @@ PREFILL: dict[str, Callable[[], None]] = {
     "heads of 96 and 192": lambda: prefill(64, head_k=96, head_v=192),
     "heads of 256": lambda: prefill(64, head_k=256, head_v=256),
 }
+HOPPER: dict[str, Callable[[], None]] = {
+    "bf16": lambda: hopper(64),
+    "fp16": lambda: hopper(64, dtype=FP16),
+    "without norm": lambda: hopper(64, norm=False),
+    "without checkpoints": lambda: hopper(64, checkpoints=False),
+    "fp16 without both": lambda: hopper(64, dtype=FP16, norm=False, checkpoints=False),
+    "parts": lambda: hopper(1),
+}
 LAYER: dict[str, Callable[[], None]] = {
     "conv": conv,
     "conv update": lambda: conv_update(empty(65, 3, 8192).transpose(1, 2)),
     "conv update, columns together": lambda: conv_update(empty(65, 8192, 3)),
     "norm": norm,
 }
-GROUPS = {"decode": DECODE, "verify": VERIFY, "tokens": TOKENS, "prefill": PREFILL, "layer": LAYER}
-ONE_OF_EACH = {"V-major bf16", "K-major fp32", "4 tokens", "many states", "fp32", "conv", "conv update", "norm"}
+STEP: dict[str, Callable[[], None]] = {
+    "step, fp32": lambda: step(64),
+    "step, bf16": lambda: step(64, state=BF16),
+    "step, no siblings": lambda: step(64, ratio=1),
+    "step, columns together": lambda: step(64, layout="DS"),
+    "step, heads of 96 and 192": lambda: step(64, ratio=1, head_k=96, head_v=192),
+    "step, 4 tokens": lambda: step(64, most=4),
+    "step, 4 tokens, bf16": lambda: step(64, most=4, state=BF16),
+    "step, all fp32": lambda: step(64, dtype=FP32),
+}
+GROUPS = {"step": STEP, "decode": DECODE, "verify": VERIFY, "tokens": TOKENS, "prefill": PREFILL, "hopper": HOPPER, "layer": LAYER}
+ONE_OF_EACH = {
+    "V-major bf16",
+    "K-major fp32",
+    "4 tokens",
+    "many states",
+    "fp32",
+    "conv",
+    "conv update",
+    "norm",
+    "step, fp32",
+}
 """Every kernel, for the generations that need only compile."""
 
 
@@ -140,8 +206,10 @@ def recorded(case: Callable[[], None], shared: int) -> list[Launch]:
     """What a case would launch."""
     found: list[Launch] = []
 
-    def launch(kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1) -> None:
-        found.append(Launch(kernel, tuple(args), constants, warps, stages))
+    def launch(
+        kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1, registers: Any = None
+    ) -> None:
+        found.append(Launch(kernel, tuple(args), dict(constants), warps, stages, registers))
 
     for host in HOSTS.values():
         host.launch = launch
@@ -153,11 +221,11 @@ def recorded(case: Callable[[], None], shared: int) -> list[Launch]:
 def compiled(launch: Launch, target: GPUTarget) -> Any:
     """The kernel, specialised as a launch with these arguments would."""
     kernel, backend = launch.kernel, make_backend(target)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
     bind: Any = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, traits, rest = bind(*launch.args, **launch.constants, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, rest, bound, traits, None)
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     with newest_assembler(divmod(target.arch, 10)):
         return triton.compile(source, target=target, options=options)
 

@@ -29,7 +29,9 @@ LENGTHS = {
     "K-major bf16": 1368,
 }
 """Instructions of one token by Triton 3.6 for sm_90. A fifth more is a change that should be looked at."""
-SPILLED = {("chain", 1): 184, ("chain", 3): 32}
+STEP_REGISTERS = {"step, heads of 96 and 192": 255, "step, 4 tokens": 255, "step, 4 tokens, bf16": 255}
+"""What a thread of the fused step may take; 128, so that two programs share a processor, where this says nothing."""
+SPILLED = {("step_kernel", None): 16, ("chain", 1): 184, ("chain", 3): 32}
 """Bytes of the stack that kernels may take, by stages; all others none."""
 
 
@@ -88,6 +90,25 @@ def test_several_tokens(build: Callable[..., Kernels]) -> None:
         assert (count(kernel, "STG", "EF", "128") > 0) == writes, kernel["case"]
 
 
+def test_fused_step(build: Callable[..., Kernels]) -> None:
+    """The state passes through registers once: read before the first sum, in pieces of 16 bytes, written a token."""
+    kernels = build("90", "step")
+    assert_in_registers(kernels)
+    assert [x["case"] for x in kernels.values()] == list(compile_kernels.STEP)
+    for kernel in kernels.values():
+        constants, width = kernel["constants"], 2 if kernel["case"].endswith("bf16") else 4
+        padded = constants["BLOCKS"] * constants["SEGMENT"] * constants["BV"] * width
+        accesses = padded // (16 * constants["LANES"])
+        assert kernel["registers"] <= STEP_REGISTERS.get(kernel["case"], 128), kernel["case"]
+        assert count(kernel, "STG", "128") <= accesses * constants["MOST"] + 8, kernel["case"]
+        assert count(kernel, "LDG", "128") <= accesses + 8, kernel["case"]
+        wide = [i for i, x in enumerate(kernel["instructions"]) if x.startswith("LDG") and x.endswith("128")]
+        first_sum = next(i for i, x in enumerate(kernel["instructions"]) if x.startswith("SHFL"))
+        assert max(wide) < first_sum, kernel["case"]
+        assert count(kernel, "ATOMG") == (constants["R"] > 1), kernel["case"]
+        assert count(kernel, "SHFL") < 100 * constants["MOST"], kernel["case"]
+
+
 def test_prefill_and_layer(build: Callable[..., Kernels]) -> None:
     kernels = build("90", "prefill", "layer")
     assert_in_registers(kernels)
@@ -100,7 +121,7 @@ def test_prefill_and_layer(build: Callable[..., Kernels]) -> None:
 
 def test_other_generations(build: Callable[..., Kernels]) -> None:
     kernels = build("80,100")
-    known = {"tokens", "verify", "_prefill_kernel", "_update_kernel", "_norm_kernel"}
+    known = {"tokens", "verify", "_prefill_kernel", "_update_kernel", "_norm_kernel", "step_kernel"}
     for capability in (80, 100):
         own = [x for x in kernels.values() if x["capability"] == capability]
         assert {x["case"] for x in own} == compile_kernels.ONE_OF_EACH

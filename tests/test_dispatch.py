@@ -71,7 +71,7 @@ def test_unknown_operator(name: Any) -> None:
         gd.explain(name)
     known = (
         "chunk_gated_delta_rule, gated_delta_rule_decode, gated_delta_rule_decode_pretranspose, "
-        "gated_delta_rule_mtp, causal_conv1d, causal_conv1d_update, rms_norm_gated"
+        "gated_delta_rule_mtp, gated_delta_net_step, causal_conv1d, causal_conv1d_update, rms_norm_gated"
     )
     assert_fault(caught.value, BackendError, f"explain: operator is {name!r}; it must be one of {known}")
 
@@ -187,7 +187,7 @@ SLOTS = "it must be of a slot a token, at most num_spec + 1 = 2"
 OBJECTS: list[tuple[Callable[..., object], Inputs, str]] = [
     *((partial(replace, CONFIG), change, f"GatedDeltaNetConfig: {message}") for change, message in (
         ({"num_v_heads": 3}, "num_v_heads is 3; it must be a multiple of num_k_heads=2"),
-        ({"projection": "split"}, "projection is 'split'; it must be \"interleaved\" or \"flat\""),
+        ({"projection": "split"}, "projection is 'split'; it must be \"interleaved\" or \"flat\" or \"merged\""),
         ({"output_gate": "relu"}, "output_gate is 'relu'; it must be \"silu\", \"swish\" or \"sigmoid\""),
     )),
     *((partial(StatePool, CONFIG), {"layers": 1, "slots": 1, **change}, f"StatePool: {message}")

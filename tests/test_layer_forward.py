@@ -136,9 +136,10 @@ class ForgetsGates(GatedDeltaNetAttention):
         self.projected = super().project(hidden)
         return self.projected
 
-    def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState) -> Tensor:
+    def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         qkvz, ba = p.outputs
-        return super()._spec_rows(replace(p, outputs=(qkvz, self.projected.outputs[1][: len(ba)])), batch, state)
+        mixed_up = replace(p, outputs=(qkvz, self.projected.outputs[1][: len(ba)]))
+        super()._spec_rows(mixed_up, batch, state, output)
 
 
 @pytest.mark.parametrize(("scenario", "seen"), [(plain_row_first, True), (every_acceptance, False)])

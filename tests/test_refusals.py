@@ -50,6 +50,7 @@ def shared(*shape: int) -> torch.Tensor:
     return torch.zeros(1, *shape[1:]).expand(shape)
 
 
+ONE_OPERATOR = "it serves gated_delta_net_step, which it makes of other operators, and nothing else"
 HEADS = "such that HQ = HK divides HV (grouped values) or HK = HV divides HQ (grouped queries)"
 REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "shared state": (lambda: decode(state=shared(3, 4, 64, 64)), LayoutError, f"state is {SHARED}"),
@@ -215,7 +216,7 @@ def test_a_batch_wider_than_the_pool_is_refused() -> None:
     layer = GatedDeltaNetAttention(config(head_k_dim=32, head_v_dim=32)).requires_grad_(False)
     state = StatePool(layer.config, layers=1, slots=5, num_spec=1).layer(0)
     batch = GatedDeltaNetBatch.build([SpecRow(2, [0, 1, 2, 3, 4], 1)], num_spec=4)
-    with pytest.raises(ShapeError, match=r"spec_state_indices is of 5 columns; it must be of at most 2"):
+    with pytest.raises(ShapeError, match=r"state_indices is of 5 columns; it must be of at most 2"):
         layer(torch.zeros(2, 64), batch, state)
 
 
@@ -236,7 +237,7 @@ def test_a_decode_without_history_is_found() -> None:
 )
 def test_explain_knows_what_is_not_served(facts: dict[str, Any], reason: str) -> None:
     found = gd.explain("gated_delta_rule_mtp", **facts)
-    assert (found.chosen, found.reasons) == (None, {"cpu": reason, "triton": reason})
+    assert (found.chosen, found.reasons) == (None, {"cpu": reason, "triton": reason, "separate": ONE_OPERATOR})
 
 
 def test_a_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

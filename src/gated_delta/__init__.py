@@ -8,6 +8,7 @@ from gated_delta.decode import gated_delta_rule_decode, gated_delta_rule_decode_
 from gated_delta.dispatch import explain
 from gated_delta.norm import rms_norm_gated
 from gated_delta.prefill import chunk_gated_delta_rule
+from gated_delta.step import gated_delta_net_step
 from gated_delta.validation.data import checked
 from gated_delta.verify import gated_delta_rule_mtp
 from gated_delta.warmup import warmup
@@ -20,6 +21,7 @@ __all__ = [
     "checked",
     "chunk_gated_delta_rule",
     "explain",
+    "gated_delta_net_step",
     "gated_delta_rule_decode",
     "gated_delta_rule_decode_pretranspose",
     "gated_delta_rule_mtp",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ RULES = (
     "gated_delta_rule_decode",
     "gated_delta_rule_decode_pretranspose",
     "gated_delta_rule_mtp",
+    "gated_delta_net_step",
 )
 """Operators that evaluate the rule, and so have head sizes."""
 
@@ -63,6 +65,9 @@ def _shape_refused(request: Request) -> str | None:
     return None
 
 
+STEP_ELEMENTS = 2**15
+"""Of a state padded to powers of two, which a program of the fused step has in registers."""
+
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -74,9 +79,23 @@ def _triton_refuses(request: Request) -> str | None:
     return _shape_refused(request)
 
 
+def _fused_refuses(request: Request) -> str | None:
+    sizes = [1 << (size - 1).bit_length() for size in (request.head_k, request.head_v) if size]
+    if request.operator == "gated_delta_net_step" and prod(sizes) > STEP_ELEMENTS:
+        return f"its fused step holds states of up to {STEP_ELEMENTS} numbers, and these have {prod(sizes)}"
+    return _triton_refuses(request)
+
+
+def _separate_refuses(request: Request) -> str | None:
+    if request.operator != "gated_delta_net_step":
+        return "it serves gated_delta_net_step, which it makes of other operators, and nothing else"
+    return _triton_refuses(request)
+
+
 BACKENDS = (
     Backend("cpu", "plain torch, fp32 arithmetic", _cpu_refuses),
-    Backend("triton", "Triton kernels for any GPU", _triton_refuses),
+    Backend("triton", "Triton kernels for any GPU", _fused_refuses),
+    Backend("separate", "convolution, rule and norm by Triton kernels of their own", _separate_refuses),
 )
 """A backend's name is that of its module in :mod:`gated_delta.kernels`."""
 

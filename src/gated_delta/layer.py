@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from gated_delta import reference
 from gated_delta.batch import GatedDeltaNetBatch
 from gated_delta.config import GatedDeltaNetConfig
-from gated_delta.conv import causal_conv1d, causal_conv1d_update
-from gated_delta.decode import gated_delta_rule_decode_pretranspose
+from gated_delta.conv import causal_conv1d
 from gated_delta.errors import ShapeError
 from gated_delta.norm import rms_norm_gated
 from gated_delta.parallel import Parallel
 from gated_delta.prefill import chunk_gated_delta_rule
 from gated_delta.state import LayerState
+from gated_delta.step import gated_delta_net_step
 from gated_delta.validation import data
-from gated_delta.verify import gated_delta_rule_mtp
+from gated_delta.validation.arguments import FLOATS, Arguments
 
 
 class Heads(NamedTuple):
@@ -145,12 +145,6 @@ class GatedDeltaNetAttention(nn.Module):
             raise ShapeError("GatedDeltaNetAttention", f"what {name} gives", was, must)
         return y
 
-    def _probe_output(self, hidden: Tensor) -> None:
-        """Find an output projection of the wrong shape before any state is written. Once for a module."""
-        if self._probed != id(self.out_proj) and not torch.compiler.is_compiling():
-            self._apply_to("out_proj", hidden.new_zeros(1, self.config.value_dim), self.config.hidden_size)
-            self._probed = id(self.out_proj)
-
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[..., conv_dim]`` -> q and k ``[..., Hk, K]``, v ``[..., HV, V]``, all views."""
         c = self.config
@@ -163,100 +157,100 @@ class GatedDeltaNetAttention(nn.Module):
 
         Tokens behind ``batch.num_actual_tokens`` are padding and come out zero.
         """
-        c = self.config
         actual = batch.num_actual_tokens
-        self._probe_output(hidden)
+        self._judge(hidden, batch, state)
         p = self.project(hidden[:actual])
-        z = p.heads.z.flatten(1, 2)
-        core = torch.zeros_like(z)
+        c, like = self.config, p.outputs[0]
+        normed = like.new_zeros(actual, c.num_v_heads, c.head_v_dim)
         if batch.num_spec_decodes == 0:
-            self._plain_rows(p, batch, state, core)
+            self._plain_rows(p, batch, state, normed)
+        elif batch.num_prefills == 0:
+            self._spec_rows(p, batch, state, normed)
         else:
             assert batch.spec_token_index is not None and batch.non_spec_token_index is not None
-            spec, plain = batch.spec_token_index, batch.non_spec_token_index
-            core[spec] = self._spec_rows(p.of(spec), batch, state)
-            if batch.num_prefills:
-                part = torch.zeros_like(core[plain])
-                self._plain_rows(p.of(plain), batch, state, part)
-                core[plain] = part
-        normed = rms_norm_gated(core, z, self.norm.weight, c.norm_eps, c.output_gate)
+            for run, tokens in (
+                (self._spec_rows, batch.spec_token_index),
+                (self._plain_rows, batch.non_spec_token_index),
+            ):
+                part = torch.zeros_like(normed[tokens])
+                run(p.of(tokens), batch, state, part)
+                normed[tokens] = part
         output = hidden.new_zeros(hidden.shape)
         output[:actual] = self.parallel.total(self.out_proj(normed.flatten(1)))
         return output
 
+    def _judge(self, hidden: Tensor, batch: GatedDeltaNetBatch, state: LayerState) -> None:
+        """What would otherwise be found when a part of the states has been written."""
+        args = Arguments("GatedDeltaNetAttention")
+        args.tensor("hidden", hidden, f"L {self.config.hidden_size}", FLOATS)
+        if len(hidden) < batch.num_actual_tokens:
+            must = f"of at least num_actual_tokens={batch.num_actual_tokens} tokens"
+            raise ShapeError(args.where, "hidden", f"of {len(hidden)} tokens", must)
+        if not torch.compiler.is_compiling() and self._probed != id(self.out_proj):
+            self._apply_to("out_proj", hidden.new_zeros(1, self.config.value_dim), self.config.hidden_size)
+            self._probed = id(self.out_proj)
+        if data.is_checked():
+            data.batch_slots(batch, state)
+
     def _plain_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         """Decodes, then prefills, each with the operator made for it; ``output`` is ``[tokens, HV, V]``."""
         assert batch.non_spec_query_start_loc is not None and batch.non_spec_state_indices is not None
-        decodes, weight = batch.num_decodes, self.conv1d.weight[:, 0]
-        if data.is_checked():
-            data.decodes_have_history(batch.has_initial_state, decodes)
-        slots, null = batch.non_spec_state_indices, state.null_slot
-        qkv, a, b = p.qkv, p.heads.a.flatten(1), p.heads.b.flatten(1)
+        decodes, slots = batch.num_decodes, batch.non_spec_state_indices
         if decodes:
-            rows = slice(0, decodes)
-            x = causal_conv1d_update(qkv[rows], state.conv, weight, state_indices=slots[rows], null_slot=null)
-            q, k, v = self.split_heads(x[:, None])
-            gated_delta_rule_decode_pretranspose(
-                q, k, v, None, self.A_log, a[rows, None], self.dt_bias, b[rows, None], output=output[rows, None],
-                initial_state=state.recurrent, initial_state_indices=slots[rows], null_slot=null,
-                allow_neg_eigval=self.config.allow_neg_eigval,
-            )  # fmt: skip
+            own = slice(0, decodes)
+            self._step(p.of(own), state, output[own], slots[own])
         if batch.num_prefills:
-            starts = batch.non_spec_query_start_loc[decodes:] - decodes
-            fresh = None if batch.has_initial_state is None else batch.has_initial_state[decodes:]
-            self._prefill(
-                qkv[decodes:], a[decodes:], b[decodes:], starts, slots[decodes:], fresh, state, output[decodes:]
-            )
+            rest = slice(decodes, None)
+            starts = batch.non_spec_query_start_loc[rest] - decodes
+            fresh = None if batch.has_initial_state is None else batch.has_initial_state[rest]
+            self._prefill(p.of(rest), starts, slots[rest], fresh, state, output[rest])
+
+    def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
+        """Speculative rows, ragged and packed."""
+        assert batch.spec_state_indices is not None
+        starts, accepted = batch.spec_query_start_loc, batch.num_accepted_tokens
+        self._step(p, state, output, batch.spec_state_indices, starts, accepted)
+
+    def _step(
+        self,
+        p: Projected,
+        state: LayerState,
+        output: Tensor,
+        slots: Tensor,
+        starts: Tensor | None = None,
+        accepted: Tensor | None = None,
+    ) -> None:
+        c = self.config
+        gated_delta_net_step(
+            *p.heads, state.conv, self.conv1d.weight[:, 0], state.recurrent, self.A_log, self.dt_bias,
+            self.norm.weight, eps=c.norm_eps, state_indices=slots, cu_seqlens=starts, num_accepted_tokens=accepted,
+            activation=c.output_gate, allow_neg_eigval=c.allow_neg_eigval, tickets=state.tickets,
+            null_slot=state.null_slot, output=output,
+        )  # fmt: skip
 
     def _prefill(
         self,
-        qkv: Tensor,
-        a: Tensor,
-        b: Tensor,
+        p: Projected,
         starts: Tensor,
         slots: Tensor,
         has_initial_state: Tensor | None,
         state: LayerState,
         output: Tensor,
     ) -> None:
+        c, heads = self.config, p.heads
         x = causal_conv1d(
-            qkv, self.conv1d.weight[:, 0], conv_states=state.conv, cu_seqlens=starts, state_indices=slots,
+            p.qkv, self.conv1d.weight[:, 0], conv_states=state.conv, cu_seqlens=starts, state_indices=slots,
             has_initial_state=has_initial_state, null_slot=state.null_slot,
         )  # fmt: skip
         chunk_gated_delta_rule(
             *self.split_heads(x),
-            reference.decay(self.A_log, a, self.dt_bias),
-            reference.write_strength(b, allow_neg_eigval=self.config.allow_neg_eigval),
+            reference.decay(self.A_log, heads.a.flatten(1), self.dt_bias),
+            reference.write_strength(heads.b.flatten(1), allow_neg_eigval=c.allow_neg_eigval),
             initial_state=state.recurrent, output_state=state.recurrent, cu_seqlens=starts,
             use_qk_l2norm_in_kernel=True, output=output, state_indices=slots, has_initial_state=has_initial_state,
             null_slot=state.null_slot,
         )  # fmt: skip
-
-    def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState) -> Tensor:
-        """Speculative rows, ragged in their packed tokens and padded to ``num_spec + 1`` for the operator."""
-        starts, slots, accepted = batch.spec_query_start_loc, batch.spec_state_indices, batch.num_accepted_tokens
-        assert starts is not None and slots is not None and accepted is not None
-        most = state.conv.shape[-1] - self.config.conv_width + 2
-        if slots.shape[1] > most:
-            was, must = f"of {slots.shape[1]} columns", f"of at most {most}, as the pool's convolution window allows"
-            raise ShapeError("GatedDeltaNetAttention", "spec_state_indices", was, must)
-        a, b = p.heads.a.flatten(1), p.heads.b.flatten(1)
-        x = causal_conv1d_update(
-            p.qkv, state.conv, self.conv1d.weight[:, 0], state_indices=slots[:, 0], num_accepted_tokens=accepted,
-            cu_seqlens=starts, null_slot=state.null_slot,
-        )  # fmt: skip
-        token = starts[:-1, None] + torch.arange(slots.shape[1], device=x.device)
-        exists = token < starts[1:, None]
-        token = token.clamp(max=x.shape[0] - 1)
-        q, k, v = self.split_heads(x[token])
-        output, _ = gated_delta_rule_mtp(
-            q, k, v, state.recurrent, slots.gather(1, accepted[:, None].long() - 1)[:, 0], self.A_log, a[token],
-            self.dt_bias, b[token], ssm_state_indices=torch.where(exists, slots, -1), disable_state_update=False,
-            null_slot=state.null_slot, allow_neg_eigval=self.config.allow_neg_eigval,
-        )  # fmt: skip
-        packed = torch.arange(x.shape[0], device=x.device, dtype=starts.dtype)
-        row = torch.searchsorted(starts.contiguous(), packed, right=True) - 1
-        return output[row, packed - starts[row]]
+        rms_norm_gated(output, heads.z.flatten(1, 2), self.norm.weight, c.norm_eps, c.output_gate, output=output)
 
     def evaluate(self, hidden: Tensor, *, token_by_token: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
         """The layer in plain torch over whole sequences ``[B, T, hidden]`` that start from nothing.

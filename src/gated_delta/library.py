@@ -36,6 +36,12 @@ _SCHEMAS = {
         "Tensor? num_accepted_tokens, Tensor? cu_seqlens, int null_slot, Tensor(b!) output"
     ),
     "rms_norm_gated": "Tensor x, Tensor z, Tensor weight, float eps, str activation, Tensor(a!) output",
+    "gated_delta_net_step": (
+        "Tensor q, Tensor k, Tensor v, Tensor z, Tensor b, Tensor a, Tensor(a!) conv_states, Tensor conv_weight, "
+        "Tensor(b!) state, Tensor A_log, Tensor dt_bias, Tensor norm_weight, float scale, float eps, str activation, "
+        "bool allow_neg_eigval, Tensor state_indices, Tensor? cu_seqlens, Tensor? num_accepted_tokens, "
+        "Tensor(c!)? tickets, int null_slot, Tensor(d!) output"
+    ),
 }
 
 
@@ -69,3 +75,4 @@ recurrent = _register(_LIBRARY, "recurrent", _SCHEMAS["recurrent"])
 causal_conv1d = _register(_LIBRARY, "causal_conv1d", _SCHEMAS["causal_conv1d"])
 causal_conv1d_update = _register(_LIBRARY, "causal_conv1d_update", _SCHEMAS["causal_conv1d_update"])
 rms_norm_gated = _register(_LIBRARY, "rms_norm_gated", _SCHEMAS["rms_norm_gated"])
+gated_delta_net_step = _register(_LIBRARY, "gated_delta_net_step", _SCHEMAS["gated_delta_net_step"])

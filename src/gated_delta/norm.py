@@ -16,25 +16,28 @@ def rms_norm_gated(
     eps: float,
     activation: str = "silu",
     *,
+    output: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``x rsqrt(mean(x^2) + eps) weight act(z)`` over the last dimension, in fp32, rounded once.
 
     Args:
-        x, z: ``[..., V]`` of one shape, bf16, fp16 or fp32; never overwritten.
+        x, z: ``[..., V]`` of one shape, bf16, fp16 or fp32.
         weight: ``[V]``.
         eps: added to the mean square.
         activation: "silu" ("swish" is the same) or "sigmoid".
+        output: of x's shape, contiguous; x itself may be given. Allocated in x's dtype when None.
         backend: "auto", or a name that :func:`gated_delta.explain` lists.
 
     Returns:
-        The shape and dtype of x.
+        The output.
 
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    args = operators.norm(x, z, weight, eps, activation)
+    args = operators.norm(x, z, weight, eps, activation, output)
     backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if output is None:
+        output = torch.empty_like(x, memory_format=torch.contiguous_format)
     library.rms_norm_gated(x, z, weight, float(eps), activation, output, backend)
     return output

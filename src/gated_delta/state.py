@@ -21,6 +21,8 @@ class LayerState(NamedTuple):
     recurrent: Tensor
     """``[slots, HV, V, K]``"""
     null_slot: int | None
+    tickets: Tensor | None = None
+    """``[slots, Hk]`` int32 zeros, in which the fused step counts (gated_delta_net_step)."""
 
 
 class StatePool:
@@ -73,6 +75,7 @@ class StatePool:
         self._conv = conv.transpose(-1, -2) if conv_layout == "SD" else conv
         shape = (layers, slots, config.num_v_heads, config.head_v_dim, config.head_k_dim)
         self._recurrent = torch.zeros(shape, dtype=state_dtype, device=device)
+        self._tickets = torch.zeros(layers, slots, config.num_k_heads, dtype=torch.int32, device=device)
         self.null_slot = 0 if reserve_null else None
         self.slots, self.num_spec = slots, num_spec
         self._free = list(range(slots - 1, 0 if reserve_null else -1, -1))
@@ -80,7 +83,7 @@ class StatePool:
 
     def layer(self, index: int) -> LayerState:
         """The states of one layer."""
-        return LayerState(self._conv[index], self._recurrent[index], self.null_slot)
+        return LayerState(self._conv[index], self._recurrent[index], self.null_slot, self._tickets[index])
 
     @property
     def free_slots(self) -> int:

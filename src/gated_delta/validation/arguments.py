@@ -86,6 +86,12 @@ class Arguments:
         if value is not None:
             self.tensor(name, value, spec, dtypes, any_stride=any_stride, written=written)
 
+    def whole_output(self, value: Any, spec: str) -> None:
+        """An output that may be left out and has no gaps."""
+        self.optional("output", value, spec, FLOATS, written=True)
+        if value is not None and not value.is_contiguous():
+            raise LayoutError(self.where, "output", f"of strides {list(value.stride())}", "contiguous")
+
     def same_dtype(self, first: str, a: Tensor, second: str, b: Tensor) -> None:
         if a.dtype != b.dtype:
             must = f"{describe_dtypes([a.dtype])}, as {first} is"
@@ -102,6 +108,12 @@ class Arguments:
             raise DtypeError(self.where, name, f"a {type(value).__name__}", "a number")
         if not -LARGEST <= value <= LARGEST:
             raise OptionError(self.where, name, value, "a finite number")
+
+    def positive(self, name: str, value: Any) -> None:
+        """A number that may be 0."""
+        self.number(name, value)
+        if value < 0:
+            raise OptionError(self.where, name, value, "at least 0")
 
     def flag(self, name: str, value: Any) -> None:
         if not isinstance(value, bool):

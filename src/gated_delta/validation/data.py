@@ -7,12 +7,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gated_delta.calls import PrefillCall, RecurrentCall, slot_number
 from gated_delta.errors import DataError
+
+if TYPE_CHECKING:
+    from gated_delta.batch import GatedDeltaNetBatch
+    from gated_delta.state import LayerState
 
 CHECKED: ContextVar[bool] = ContextVar("gated_delta_checked", default=os.environ.get("GATED_DELTA_CHECK", "0") == "1")
 
@@ -140,11 +145,18 @@ def gates(where: str, g: Tensor | None, g_space: str, beta: Tensor | None) -> No
         raise DataError(where, "beta", "not finite somewhere", "finite")
 
 
-def decodes_have_history(has_initial_state: Tensor | None, decodes: int) -> None:
-    """A one-token row that starts a sequence is a prefill: the one-token operators read whatever the slot holds."""
-    if has_initial_state is not None and not bool(has_initial_state[:decodes].all()):
+def batch_slots(batch: GatedDeltaNetBatch, state: LayerState) -> None:
+    """The slots of all rows of a step of a layer, before the first is written, and that decodes have a history: a
+    one-token row that starts a sequence is a prefill, for the one-token operator reads whatever the slot holds.
+    """
+    where = "GatedDeltaNetAttention"
+    named = {"non_spec_state_indices": batch.non_spec_state_indices, "spec_state_indices": batch.spec_state_indices}
+    for name, indices in named.items():
+        written_slots(where, name, indices, state.recurrent, state.null_slot)
+    has, decodes = batch.has_initial_state, batch.num_decodes
+    if has is not None and not bool(has[:decodes].all()):
         must = "True for every decode (a fresh row is a prefill, of one token too)"
-        raise DataError("GatedDeltaNetAttention", "has_initial_state", "False for a decode", must)
+        raise DataError(where, "has_initial_state", "False for a decode", must)
 
 
 def checkpoint_rows(where: str, starts: Tensor, sequence_starts: Tensor, every: int, rows: int) -> None:

@@ -193,7 +193,7 @@ def conv_update(
     return args
 
 
-def norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str) -> Arguments:
+def norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, output: Tensor | None = None) -> Arguments:
     """``rms_norm_gated``."""
     args = Arguments("rms_norm_gated")
     lead = [f"D{i}" for i in range(x.dim() - 1)] if isinstance(x, Tensor) else []
@@ -201,11 +201,62 @@ def norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str) -> A
     args.tensor("x", x, spec, FLOATS)
     args.tensor("z", z, spec, FLOATS)
     args.tensor("weight", weight, "V", FLOATS)
-    args.number("eps", eps)
-    if eps < 0:
-        raise OptionError(args.where, "eps", eps, "at least 0")
+    args.positive("eps", eps)
     args.word("activation", activation, ("silu", "swish", "sigmoid"))
+    args.whole_output(output, spec)
     return args
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_states: Tensor, conv_weight: Tensor,
+    state: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, eps: float, state_indices: Tensor,
+    cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None, activation: str, scale: float | None,
+    allow_neg_eigval: bool, tickets: Tensor | None, null_slot: int | None, output: Tensor | None,
+) -> Arguments:  # fmt: skip
+    """``gated_delta_net_step``."""
+    args = Arguments("gated_delta_net_step")
+    _qkv(args, q, k, v, "L H K", "L H K", "L H R V")
+    args.tensor("z", z, "L H R V", FLOATS)
+    for name, value in (("b", b), ("a", a)):
+        args.tensor(name, value, "L H R", FLOATS)
+    heads, keys = args.sizes["H"], args.sizes["K"]
+    args.sizes["HV"] = heads * args.sizes["R"]
+    args.sizes["D"] = 2 * heads * keys + args.sizes["HV"] * args.sizes["V"]
+    args.bound_by |= {"HV": "H * R of v", "D": "q, k and v"}
+    args.tensor("conv_states", conv_states, "P D C", FLOATS, any_stride=True, written=True)
+    args.tensor("state", state, "P HV V K", FLOATS, written=True)
+    args.tensor("A_log", A_log, "HV", _F32)
+    args.tensor("dt_bias", dt_bias, "HV", FLOATS)
+    args.tensor("norm_weight", norm_weight, "V", FLOATS)
+    args.positive("eps", eps)
+    _step_rows(args, state_indices, cu_seqlens, num_accepted_tokens)
+    _conv_weight(args, "conv_weight", conv_weight)
+    most = args.sizes["C"] - args.sizes["W"] + 2
+    if args.sizes.get("S", 1) > most:
+        must = f"of at most {most} columns, as conv_states has {args.sizes['C']} for a width of {args.sizes['W']}"
+        raise ShapeError(args.where, "state_indices", f"of {args.sizes['S']} columns", must)
+    args.word("activation", activation, ("silu", "swish", "sigmoid"))
+    args.scale(scale)
+    args.flag("allow_neg_eigval", allow_neg_eigval)
+    args.optional("tickets", tickets, "P H", (torch.int32,), written=True)
+    _null_slot(args, null_slot, True, "state_indices")
+    args.whole_output(output, "L HV V")
+    return args
+
+
+def _step_rows(
+    args: Arguments, state_indices: Tensor, cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None
+) -> None:
+    """One token of each row, or ragged rows of a speculative step."""
+    if cu_seqlens is None and num_accepted_tokens is None:
+        args.tensor("state_indices", state_indices, "L", INDICES, any_stride=True)
+        return
+    args.needed("cu_seqlens", cu_seqlens is not None, "num_accepted_tokens speaks of ragged rows")
+    args.needed("num_accepted_tokens", num_accepted_tokens is not None, "rows of cu_seqlens go on from a draft")
+    args.tensor("state_indices", state_indices, "N S", INDICES, any_stride=True)
+    args.whole("the columns of state_indices", args.sizes["S"], least=1)
+    args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
+    args.tensor("num_accepted_tokens", num_accepted_tokens, "N", INDICES, any_stride=True)
 
 
 def _qkv(args: Arguments, q: Tensor, k: Tensor, v: Tensor, q_spec: str, k_spec: str, v_spec: str) -> None:
@@ -228,6 +279,12 @@ def _prefill_heads(args: Arguments) -> None:
     args.bound_by["HS"] = "max(HQ, HV)"
 
 
+def _conv_weight(args: Arguments, name: str, weight: Tensor) -> None:
+    args.tensor(name, weight, "D W", FLOATS, any_stride=True)
+    if not 2 <= args.sizes["W"] <= 5:
+        raise ShapeError(args.where, name, f"of width {args.sizes['W']}", "of width 2 to 5")
+
+
 def _conv_common(
     args: Arguments,
     weight: Tensor,
@@ -237,10 +294,8 @@ def _conv_common(
     activation: str | None,
     null_slot: int | None,
 ) -> None:
-    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    _conv_weight(args, "weight", weight)
     width = args.sizes["W"]
-    if not 2 <= width <= 5:
-        raise ShapeError(args.where, "weight", f"of width {width}", "of width 2 to 5")
     args.optional("bias", bias, "D", FLOATS)
     rows = "N" if state_indices is None else "P"
     args.optional("conv_states", conv_states, f"{rows} D *", FLOATS, any_stride=True, written=True)

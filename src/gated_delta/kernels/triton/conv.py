@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gated_delta.kernels.triton.launch import launch, strides
-from gated_delta.kernels.triton.shared import sigmoid, slot_of
+from gated_delta.kernels.triton.shared import convolved, slot_of
 
 _MASK = 32
 """Most tokens of a program of prefill: the bits of its masks."""
@@ -56,17 +56,6 @@ def _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W: tl.constexpr, BD
             tap = tl.load(weight + channel.to(tl.int64) * w_channel + j * w_tap, mask=inside, other=0.0)
             taps += (tap.to(tl.float32),)
     return offset, taps
-
-
-@triton.jit
-def _output(inputs, at: tl.constexpr, offset, taps, W: tl.constexpr, ACTIVATE: tl.constexpr):
-    """Output of the token whose input is ``inputs[at + W - 1]``."""
-    y = offset
-    for j in tl.static_range(W):
-        y += inputs[at + j] * taps[j]
-    if ACTIVATE:
-        y *= sigmoid(y)
-    return y
 
 
 @triton.jit
@@ -122,7 +111,7 @@ def _tokens(
             for j in tl.static_range(_GROUP):
                 inputs += (group[j].to(tl.float32),)
             for j in tl.static_range(_GROUP):
-                y = _output(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
+                y = convolved(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
                 tl.store(o_at + j * D, y, mask=inside & (((own >> (i + j)) & 1) != 0))
             o_at += _GROUP * D
             past = inputs[_GROUP:]
@@ -173,7 +162,7 @@ def _head(
                 kept += (new,)
         offset, taps = _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W, BD, FLAT)
         for j in tl.static_range(W - 1):
-            y = _output(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
+            y = convolved(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
             tl.store(output + (start + j) * D + channel, y, mask=inside & (j < count))
         if states is not None:
             tl.debug_barrier()  # a state may be written by other threads than have read it
@@ -250,7 +239,7 @@ def _update_kernel(
             inputs = past
             inputs += (ahead.to(tl.float32),)
             ahead = tl.load(x_at, mask=inside & (t + 1 < count), other=0.0)
-            y = tl.where(slot >= 0, _output(inputs, 0, offset, taps, W, ACTIVATE), 0.0)
+            y = tl.where(slot >= 0, convolved(inputs, 0, offset, taps, W, ACTIVATE), 0.0)
             tl.store(o_at, y.to(output.dtype.element_ty), mask=inside)
             if accepted is not None:
                 new = inputs[W - 1].to(states.dtype.element_ty)

@@ -32,6 +32,7 @@ def bind(
     *,
     warps: int,
     stages: int = 1,
+    registers: int | None = None,
     bound: int = 0,
 ) -> Start:
     """Compile ``kernel`` for such arguments, or take what was compiled (in this process, or in Triton's disk cache).
@@ -39,15 +40,16 @@ def bind(
     Args:
         args: tensors, numbers and None, in the order of the kernel's parameters; the first is a tensor.
         constants: its ``tl.constexpr`` parameters, which come after ``args``.
+        registers: most that a thread may take, so that more programs run side by side.
         bound: how many of ``args``, from the end, keep their values.
     """
     rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
     device = args[0].get_device()
-    key = (kernel.fn, device, warps, stages, rest, *map(_trait, args))
+    key = (kernel.fn, device, warps, stages, registers, rest, *map(_trait, args))
     compiled = _COMPILED.get(key)
     if compiled is None:
         with torch.cuda.device(device), newest_assembler(torch.cuda.get_device_capability()):
-            compiled = kernel.warmup(*args, *rest, grid=grid, num_warps=warps, num_stages=stages)
+            compiled = kernel.warmup(*args, *rest, grid=grid, num_warps=warps, num_stages=stages, maxnreg=registers)
             compiled._init_handles()  # loads it onto this device
         _COMPILED[key] = compiled
     return _start(compiled, (*grid, 1, 1)[:3], (*args[len(args) - bound :], *rest), device)
@@ -99,13 +101,20 @@ def _start(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...], device: 
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], *, warps: int, stages: int = 1
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: Sequence[Any],
+    constants: dict[str, Any],
+    *,
+    warps: int,
+    stages: int = 1,
+    registers: int | None = None,
 ) -> None:
     """Run ``kernel`` on the current stream of the device of its first argument; arguments as for :func:`bind`."""
     if isinstance(kernel, InterpretedFunction):
         kernel[grid](*args, **constants)
         return
-    start = bind(kernel, grid, args, constants, warps=warps, stages=stages)
+    start = bind(kernel, grid, args, constants, warps=warps, stages=stages, registers=registers)
     start(*(x.data_ptr() if isinstance(x, Tensor) else x for x in args))
 
 

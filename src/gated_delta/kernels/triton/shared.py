@@ -41,6 +41,17 @@ def sigmoid(x):
 
 
 @triton.jit
+def convolved(inputs, at: tl.constexpr, offset, taps, W: tl.constexpr, ACTIVATE: tl.constexpr):
+    """Output of the token whose input is ``inputs[at + W - 1]``."""
+    y = offset
+    for j in tl.static_range(W):  # pyright: ignore[reportGeneralTypeIssues]
+        y += inputs[at + j] * taps[j]
+    if ACTIVATE:
+        y *= sigmoid(y)
+    return y
+
+
+@triton.jit
 def gates(a, b, A_log, dt_bias, NEG_EIGVAL: tl.constexpr):
     """The gates alpha and beta from raw gates, in fp32 (docs/contract.md section 1)."""
     x = a.to(tl.float32) + dt_bias.to(tl.float32)

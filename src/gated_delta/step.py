@@ -1,0 +1,72 @@
+"""A decode step of a layer: everything between its input projections and its output projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gated_delta import dispatch, library, reference
+from gated_delta.calls import slot_number
+from gated_delta.validation import data, operators
+
+
+def gated_delta_net_step(
+    q: Tensor, k: Tensor, v: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_states: Tensor, conv_weight: Tensor,
+    state: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, *, eps: float, state_indices: Tensor,
+    cu_seqlens: Tensor | None = None, num_accepted_tokens: Tensor | None = None, activation: str = "silu",
+    scale: float | None = None, allow_neg_eigval: bool = False, tickets: Tensor | None = None,
+    null_slot: int | None = None, output: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Convolution with silu, L2 norm, gates, the rule and the gated norm for one token of every row, or for the ragged
+    rows of a speculative step; both states are updated in place. One launch where explain() says "triton".
+
+    The tokens' inputs are views of what the projections gave, in any layout; each of ``H`` key heads serves ``R`` value
+    heads. Arithmetic is fp32, rounded once.
+
+    Args:
+        q, k: ``[L, H, K]``; v, z: ``[L, H, R, V]``; b, a: ``[L, H, R]``. q, k, v have one dtype of bf16, fp16, fp32.
+        conv_states: pool ``[P, D, C]``, any strides, of the channels of q, then k, then v; ``D = H (2 K + R V)``.
+        conv_weight: ``[D, W]``, W 2 to 5.
+        state: pool ``[P, H R, V, K]`` bf16, fp16 or fp32 with any slot and head strides.
+        A_log: ``[H R]`` fp32; dt_bias: ``[H R]``; norm_weight: ``[V]``; eps: of the gated norm.
+        state_indices: ``[N]`` slots, N = L; speculative: ``[N, S]``, column j receives the state after token j of the
+            row and column 0 also names the convolution's slot. Negative: padding.
+        cu_seqlens, num_accepted_tokens: ``[N+1]`` and ``[N]``, both or none: a speculative step as for
+            :func:`gated_delta.causal_conv1d_update`, with ``C >= W + S - 2``. Row i goes on from the state in column
+            ``num_accepted_tokens[i] - 1``.
+        activation: of the gate z, "silu" ("swish" is the same) or "sigmoid".
+        scale: factor of the rule's output, ``K ** -0.5`` when None.
+        allow_neg_eigval: ``beta = 2 sigmoid(b)``.
+        tickets: ``[P, H]`` int32 zeros, which are zeros again afterwards: with R > 1 a kernel counts in them who has
+            read a window. Made in every call when None; :class:`gated_delta.state.LayerState` has them.
+        null_slot: this slot means padding too.
+        output: ``[L, H R, V]`` contiguous; in q's dtype when None. backend: a name of :func:`gated_delta.explain`.
+
+    Returns:
+        The output, zero for padding and for tokens behind the last row.
+
+    Raises:
+        ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
+    """
+    args = operators.step(
+        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, eps, state_indices, cu_seqlens,
+        num_accepted_tokens, activation, scale, allow_neg_eigval, tickets, null_slot, output,
+    )  # fmt: skip
+    request = dispatch.Request(args.where, q.device.type, q.dtype, args.sizes["K"], args.sizes["V"])
+    backend = dispatch.choose(request, backend)
+    if data.is_checked():
+        data.written_slots(args.where, "state_indices", state_indices, state, null_slot)
+        if cu_seqlens is not None:
+            data.cu_seqlens(args.where, cu_seqlens, q.shape[0])
+            data.accepted(
+                args.where, num_accepted_tokens, cu_seqlens.diff(), args.sizes["W"] + args.sizes["S"] - 2,
+                args.sizes["W"], state_indices[:, 0], null_slot,
+            )  # fmt: skip
+    if output is None:
+        output = torch.empty(len(v), args.sizes["HV"], v.shape[3], dtype=q.dtype, device=q.device)
+    library.gated_delta_net_step(
+        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight,
+        reference.resolve_scale(scale, request.head_k), float(eps), activation, allow_neg_eigval, state_indices,
+        cu_seqlens, num_accepted_tokens, tickets, slot_number(null_slot), output, backend,
+    )  # fmt: skip
+    return output

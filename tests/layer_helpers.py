@@ -175,10 +175,12 @@ class Engine:
         slots: int = 24,
         num_spec: int = 0,
         view: Callable[[GatedDeltaNetBatch], GatedDeltaNetBatch] = lambda batch: batch,
+        device: str = "cpu",
         **pool: Any,
     ) -> None:
-        self.layer, self.num_spec, self._view = layer, num_spec, view
-        self.pool = StatePool(layer.config, layers=1, slots=slots, num_spec=num_spec, **pool)
+        self.layer, self.num_spec, self._view, self._device = layer, num_spec, view, device
+        self._served = layer if device == "cpu" else copy.deepcopy(layer).to(device)
+        self.pool = StatePool(layer.config, layers=1, slots=slots, num_spec=num_spec, device=device, **pool)
         self.state = self.pool.layer(0)
         self.state.conv.fill_(torch.nan)
         self.state.recurrent.fill_(torch.nan)
@@ -199,18 +201,22 @@ class Engine:
             return Row(move.tokens, sequence.slots[0], fresh=sequence.done == 0)
         return SpecRow(move.tokens, sequence.slots, sequence.accepted)
 
-    def step(self, *moves: Move, padding: int = 0) -> None:
-        """One forward; the outputs of the tokens that are kept are remembered."""
+    def step(self, *moves: Move, padding: int = 0, idle: int = 0) -> None:
+        """One forward; the outputs of the tokens that are kept are remembered. ``idle`` rows behind the others, and
+        ``padding`` tokens behind those, hold NaN and belong to nobody, as where a graph was captured for more.
+        """
         inputs, kept = [], [move.tokens if move.kept is None else move.kept for move in moves]
         size, dtype = self.layer.config.hidden_size, self.layer.dt_bias.dtype
         for move, count in zip(moves, kept, strict=True):
             sequence = move.sequence
             inputs.append(sequence.hidden[sequence.done : sequence.done + count])
             inputs.append(torch.randn(move.tokens - count, size, generator=self._generator).to(dtype))
-        inputs.append(torch.full((padding, size), torch.nan, dtype=dtype))
-        batch = self._view(GatedDeltaNetBatch.build([self.row(move) for move in moves], num_spec=self.num_spec))
-        output = self.layer(torch.cat(inputs), batch, self.state)
-        assert not output[len(output) - padding :].any()  # NaN counts as any
+        inputs.append(torch.full((idle + padding, size), torch.nan, dtype=dtype))
+        rows = [self.row(move) for move in moves]
+        nobody = Row(1, -1) if moves[0].kept is None else SpecRow(1, [-1] * (self.num_spec + 1), 1)
+        batch = GatedDeltaNetBatch.build([*rows, *[nobody] * idle], num_spec=self.num_spec, device=self._device)
+        output = self._served(torch.cat(inputs).to(self._device), self._view(batch), self.state).cpu()
+        assert not output[len(output) - idle - padding :].any()  # NaN counts as any
         at = 0
         for move, count in zip(moves, kept, strict=True):
             sequence = move.sequence

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gated_delta import layer as layers
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
-from gated_delta.layer import GatedDeltaNetAttention, Projected
 from gated_delta.state import LayerState
 from gated_delta.testing.budget import assert_within_budget
 from layer_helpers import OLMO, SMALL, Engine, Move, Sequence, make_layer, normal, strided, trace
@@ -129,24 +129,26 @@ def test_forward(scenario: Callable[[Engine], None], num_spec: int, variant: str
         assert engine.state.recurrent[0].isnan().all()
 
 
-class ForgetsGates(GatedDeltaNetAttention):
-    """The known fault: speculative tokens are gathered, their gates are the batch's first ones."""
+def test_which_operator_serves_which_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes take one-token steps beside prefills too, speculative rows one step for all of them; no other row does."""
+    served: list[tuple[str, int]] = []
+    for name in ("gated_delta_net_step", "chunk_gated_delta_rule"):
+        run: Any = getattr(layers, name)
 
-    def project(self, hidden: Tensor) -> Projected:
-        self.projected = super().project(hidden)
-        return self.projected
+        def counting(q: Tensor, *args: Any, name: str = name, run: Any = run, **rest: Any) -> Any:
+            served.append((name, len(q)))
+            return run(q, *args, **rest)
 
-    def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
-        qkvz, ba = p.outputs
-        mixed_up = replace(p, outputs=(qkvz, self.projected.outputs[1][: len(ba)]))
-        super()._spec_rows(mixed_up, batch, state, output)
-
-
-@pytest.mark.parametrize(("scenario", "seen"), [(plain_row_first, True), (every_acceptance, False)])
-def test_ungathered_gates_would_show_behind_a_plain_row(scenario: Callable[[Engine], None], seen: bool) -> None:
-    engine = Engine(make_layer(kind=ForgetsGates), num_spec=3)
-    scenario(engine)
-    assert (engine.verdict().error > 0.05) == seen
+        monkeypatch.setattr(layers, name, counting)
+    engine = Engine(make_layer(), num_spec=3)
+    a, b, c = prefill(engine, 7, 2, 33)
+    d = engine.add(50)
+    engine.step(Move(c, 1), Move(a, 1), Move(d, 20), Move(b, 9))
+    engine.step(Move(a, 4, 2), Move(d, 5), Move(b, 2, 1))
+    engine.step(Move(a, 2, 2), Move(b, 3, 3))
+    step, chunks = "gated_delta_net_step", "chunk_gated_delta_rule"
+    assert served == [(chunks, 42), (step, 2), (chunks, 29), (step, 6), (chunks, 5), (step, 5)]
+    engine.assert_right()
 
 
 # --- what a step leaves alone, and what it leaves behind --------------------------------------------------------------

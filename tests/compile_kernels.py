@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -82,7 +83,8 @@ def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, hea
 def hopper(sequences: int, *, dtype: torch.dtype = BF16, norm: bool = True, checkpoints: bool = True) -> None:
     """The same by the kernel for Hopper."""
     q, v, gate = empty(8192, 16, 128, dtype=dtype), empty(8192, 32, 128, dtype=dtype), empty(8192, 32, dtype=FP32)
-    starts, slots, pool = empty(sequences + 1, dtype=INT), empty(sequences, dtype=INT), empty(64, 32, 128, 128, dtype=FP32)
+    starts, slots = empty(sequences + 1, dtype=INT), empty(sequences, dtype=INT)
+    pool = empty(64, 32, 128, 128, dtype=FP32)
     kept = (pool, starts, 64) if checkpoints else (None, None, 0)
     HOSTS["hopper"].prefill(
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, norm, True, torch.empty_like(v),
@@ -187,7 +189,15 @@ STEP: dict[str, Callable[[], None]] = {
     "step, 4 tokens, bf16": lambda: step(64, most=4, state=BF16),
     "step, all fp32": lambda: step(64, dtype=FP32),
 }
-GROUPS = {"step": STEP, "decode": DECODE, "verify": VERIFY, "tokens": TOKENS, "prefill": PREFILL, "hopper": HOPPER, "layer": LAYER}
+GROUPS = {
+    "step": STEP,
+    "decode": DECODE,
+    "verify": VERIFY,
+    "tokens": TOKENS,
+    "prefill": PREFILL,
+    "hopper": HOPPER,
+    "layer": LAYER,
+}
 ONE_OF_EACH = {
     "V-major bf16",
     "K-major fp32",
@@ -231,7 +241,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
 
 
 def figures(binary: bytes) -> dict[str, Any]:
-    """Registers, spills and instructions."""
+    """Registers, spills, instructions, and what the assembler is known to get wrong."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -243,7 +253,8 @@ def figures(binary: bytes) -> dict[str, Any]:
     lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?) *;", code)
     names = [line.split()[0] for line in lines]
     usage = {"registers": registers, "stack": stack, "local": local}
-    return {**usage, "instructions": names, "wrong_descriptors": wrong_descriptors(lines)}
+    faults = {"wrong_descriptors": wrong_descriptors(lines), "overwritten_operands": overwritten_operands(code)}
+    return {**usage, **faults, "instructions": names}
 
 
 def wrong_descriptors(lines: list[str]) -> list[str]:
@@ -261,6 +272,58 @@ def wrong_descriptors(lines: list[str]) -> list[str]:
     return found
 
 
+def overwritten_operands(code: str) -> list[str]:
+    """What writes a register that a running wgmma reads as its left operand, which ptxas before 13.3 is known to do.
+
+    Along the text, loops twice: a wgmma runs until ``WARPGROUP.DEPBAR`` leaves fewer groups (``gsb0`` ends one) than
+    came after it.
+    """
+    steps: list[str] = []
+    labels: dict[str, int] = {}
+    for label, step in re.findall(r"(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?) *;", code):
+        labels |= {label: len(steps)} if label else {}
+        steps += [step] if step else []
+    order: list[str] = []
+    for i, step in enumerate(steps):
+        order.append(step)
+        back = re.match(r"BRA\b.*`\((\.L_x_\d+)\)", step)
+        order += steps[labels[back[1]] : i + 1] if back and back[1] in labels else []
+    found: list[str] = []
+    running: list[set[int]] = [set()]
+    for step in order:
+        product = re.match(r"[A-Z]GMMA\S* R\d+, (?:R(\d+)|gdesc)", step)
+        wait = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\w+)", step)
+        if wait:
+            groups = running[:-1]
+            running = [*groups[len(groups) - min(len(groups), int(wait[1], 16)) :], running[-1]]
+        elif product:
+            running[-1] |= {int(product[1]) + i for i in range(4)} if product[1] else set()
+            running += [set()] if "gsb0" in step else []
+        elif written(step) & set().union(*running) and step not in found:
+            found.append(step)
+    return found
+
+
+def written(step: str) -> set[int]:
+    """Numbers of the registers that an instruction writes."""
+    target = re.match(r"(?!\w*SETP|PLOP3|R2P|VOTE|BAR)(\S+) (?:P[0-6T], )?R(\d+)", step)
+    if target is None:
+        return set()
+    parts = target[1].split(".")
+    wide = 4 if {"128", "4"} & set(parts) else 2 if {"64", "WIDE", "2"} & set(parts) or parts == ["CS2R"] else 1
+    return {int(target[2]) + i for i in range(wide)}
+
+
+def serialised(ptx: str, capability: int) -> list[str]:
+    """What the assembler says of wgmmas that it does not let run side by side."""
+    with tempfile.TemporaryDirectory() as folder, newest_assembler(divmod(capability, 10)):
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{capability}a", source, "-o", Path(folder, "cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return [line for line in said.splitlines() if "wgmma" in line]
+
+
 def results(capability: int, groups: list[str]) -> Iterator[dict[str, Any]]:
     target = GPUTarget("cuda", capability, 32)
     for group in groups or GROUPS:
@@ -276,6 +339,8 @@ def results(capability: int, groups: list[str]) -> Iterator[dict[str, Any]]:
                     "warps": launch.warps,
                 }
                 facts |= {"shared": kernel.metadata.shared, "constants": launch.constants}
+                if "wgmma" in kernel.asm["ptx"]:
+                    facts["serialised"] = serialised(kernel.asm["ptx"], capability)
                 yield {**facts, **figures(kernel.asm["cubin"])}
 
 

@@ -16,6 +16,7 @@ import gated_delta as gd
 from gated_delta.bench import check, peers
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.inputs import make_sets
+from gated_delta.bench.peers import fla
 from gated_delta.errors import OptionError
 
 SMALL = Heads(2, 4, 32, 64)
@@ -129,7 +130,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 FULL = Heads(1, 2)
 OF_PEERS = {
     "flashinfer": [
-        *(Case("x", "decode", FULL, form, batch=2) for form in ("V-major", "V-major allocated", "K-major")),
+        *(Case("x", "decode", FULL, form, batch=2) for form in ("V-major", "K-major")),
         Case("x", "decode", FULL, "pool", batch=2, state="bf16"),
         *(Case("x", "verify", FULL, form, batch=2, tokens=3, state=state)
           for form, state in (("outputs", "fp32"), ("final", "bf16"), ("snapshots", "bf16"), ("slots", "fp32"))),
@@ -153,30 +154,29 @@ OF_PEERS = {
     ],
 )
 @pytest.mark.usefixtures("fakes")
-def test_adapters_speak_their_peers_language(name: str, case: Case) -> None:
+def test_adapters_speak_their_peers_language(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given functions of the peers' arguments, every adapter gives right results."""
+    monkeypatch.setattr(fla, "on_gpu", lambda x: True)
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
     truth = check.exact(case, inputs)
-    (contender,) = peers.load(name).contenders(case, "cuda")
-    bound = contender.bind(inputs)
+    bound = peers.bind(name, case, inputs)
+    assert bound is not None
     bound.call()
-    verdict = check.judge(truth, bound.results(), None)
-    assert verdict.ok, verdict
+    assert check.judge(truth, bound.results()).fault == ""
 
 
 @pytest.mark.usefixtures("fakes")
-@pytest.mark.parametrize("name", ["fla", "transformers", "reference"])
+@pytest.mark.parametrize("name", ["fla", "transformers", peers.TOKEN_LOOP])
 def test_references_on_the_cpu(name: str) -> None:
     case = Case("x", "prefill", SMALL, sequences="33x3")
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
     truth = check.exact(case, inputs)
-    found = peers.load(name).contenders(case, "cpu")
-    assert len(found) == 1 + (name == "reference")
-    for contender in found:
-        bound = contender.bind(inputs)
-        bound.call()
-        assert check.judge(truth, bound.results(), None).ok
-    assert name == "reference" or peers.load(name).contenders(replace(case, sequences="33+4"), "cpu") == []
+    bound = peers.bind(name, case, inputs)
+    assert bound is not None
+    bound.call()
+    assert check.judge(truth, bound.results()).fault == ""
+    ragged = replace(case, sequences="33+4")
+    assert name == peers.TOKEN_LOOP or peers.bind(name, ragged, make_sets(ragged, torch.device("cpu"), 0)[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -187,24 +187,22 @@ def test_references_on_the_cpu(name: str) -> None:
      ("flashinfer", Case("x", "verify", FULL, "outputs", batch=1, tokens=2, state="fp16")),
      ("fla", Case("x", "decode", FULL, "pool", batch=1, state="bf16")), ("fla", UPDATE)],
 )  # fmt: skip
-def test_adapters_pass_on_what_their_peer_cannot_do(name: str, case: Case) -> None:
-    assert peers.load(name).contenders(case, "cuda") == []
+def test_adapters_pass_on_what_their_peer_cannot_do(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fla, "on_gpu", lambda x: True)
+    assert peers.bind(name, case, make_sets(case, torch.device("cpu"), 0)[0]) is None
 
 
 def test_which_peers_run() -> None:
     chosen, absent = peers.choose(["auto"], "cpu")
-    assert chosen[:2] == ["ours", "reference"]
+    assert chosen[:2] == [peers.OURS, peers.TOKEN_LOOP]
     assert absent["flashinfer"] in ("it is not installed", "it does not run on cpu")
-    assert peers.choose(["none"], "cpu") == (["ours", "reference"], {})
-    assert peers.choose(["none"], "cuda") == (["ours"], {})
-    assert peers.choose(["gated_delta.bench.peers.reference"], "cpu")[0][-1] == "gated_delta.bench.peers.reference"
+    assert peers.choose(["none"], "cpu") == ([peers.OURS, peers.TOKEN_LOOP], {})
+    assert peers.choose(["none"], "cuda") == ([peers.OURS], {})
 
 
 @pytest.mark.parametrize(
-    ("word", "reason"),
-    [("nonsense", "there is no such adapter"), ("no.such.module", "its adapter cannot be imported"),
-     ("flashqla", "it is not installed"), ("gated_delta.bench.peers.flashqla", "it is not installed")],
-)  # fmt: skip
+    ("word", "reason"), [("nonsense", "there is no such adapter"), ("flashqla", "it is not installed")]
+)
 def test_peers_that_are_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch, word: str, reason: str) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=reason):
@@ -215,7 +213,6 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    assert peers.version_of("ours") == gd.__version__
-    assert peers.version_of("reference") == ""
+    assert peers.version_of(peers.OURS) == gd.__version__
     monkeypatch.setattr(peers, "version", unknown)
     assert peers.version_of("flashqla") == ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,204 +15,190 @@ import torch
 from rich.console import Console
 
 from gated_delta import cli
-from gated_delta.bench import cases, machine, peers, plots, records, soak, worker
+from gated_delta.bench import cases, peers, plots, records, soak, worker
 from gated_delta.bench import cli as bench_cli
 from gated_delta.bench.cases import Case, Heads
+from gated_delta.bench.peers import transformers
 from gated_delta.bench.records import Row
 from gated_delta.bench.run import Bench, BenchError
+from gated_delta.bench.worker import MACHINE, Done, Plan, Step, Worker
 from test_cli import Result
 
 HEADS = Heads(1, 1, 32, 32)
-CASES = [Case("decode", "decode", HEADS, "V-major", batch=batch) for batch in (1, 2, 3)]
+CASES = [Case("prefill", "prefill", HEADS, sequences=f"1x{tokens}") for tokens in (1, 2, 3, 4, 5)]
 CASES.append(Case("norm", "norm", HEADS, batch=2))
 
 PEER = """
 import os, time
+from collections import Counter
 import torch
-from gated_delta.bench.peers import Bound, Contender, ours
+import gated_delta as gd
 
-PACKAGE, DISTRIBUTION, DEVICES = None, None, ("cpu",)
-
-
-def contenders(case, device):
-    if case.operation != "decode":
-        return []
-    return [Contender(name, lambda x, name=name: bind(case, x, name)) for name in NAMES]
+calls = Counter()
 
 
-def bind(case, x, name):
-    right = ours.contenders(case, "cpu")[0].bind(x)
-    calls = [0]
+def chunks(q, k, v, g, beta, initial_state, output_final_state):
+    tokens = q.shape[1]
+    calls[tokens] += 1
+    deed = DEEDS.get(tokens, "right")
+    if deed == "writes":
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(f"{len(q[0])} {os.environ['FLA_CACHE_RESULTS']}\\n")
+    if deed == "raises":
+        raise RuntimeError("on purpose")
+    if deed == "exits":
+        os._exit(7)
+    if deed == "sleeps" or (deed == "sleeps later" and calls[tokens] > 2):
+        time.sleep(60)
+    output, state = gd.chunk_gated_delta_rule(
+        q[0], k[0], v[0], g[0], beta[0], initial_state=initial_state.transpose(-1, -2).contiguous(),
+        output_final_state=True, cu_seqlens=torch.tensor([0, tokens]), g_space="log",
+    )
+    factor = {"lies": 1.1, "not finite": float("inf")}.get(deed, 1.0)
+    return factor * output[None], state.transpose(-1, -2)
 
-    def call():
-        calls[0] += 1
-        if name == "raises":
-            raise RuntimeError("on purpose")
-        if name == "exits":
-            os._exit(7)
-        if name == "sleeps" or (name == "sleeps later" and calls[0] > 2):
-            time.sleep(60)
-        right.call()
 
-    def results():
-        factor = {"lies": 1.1, "not finite": float("inf")}.get(name, 1.0)
-        return {key: value * factor for key, value in right.results().items()}
-
-    return Bound(call, results)
+naive_chunk_gated_delta_rule = torch_chunk_gated_delta_rule = chunks
 """
-"""An adapter whose contenders misbehave as they are called."""
+"""A peer that misbehaves at certain lengths."""
+MODULES = {"fla": "fla/ops/gated_delta_rule/naive.py", "transformers": transformers.MODULE.replace(".", "/") + ".py"}
+
+Pretend = Callable[..., None]
 
 
 @pytest.fixture
-def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package of adapters that workers find, and one thread for each of them."""
-    (tmp_path / "fakes").mkdir()
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pretend:
+    """Makes packages that workers find instead of the real peers; one thread for each worker."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield tmp_path / "fakes"
-    for name in [name for name in sys.modules if name.startswith("fakes")]:
-        del sys.modules[name]
+
+    def make(**deeds: dict[int, str]) -> None:
+        for name, own in deeds.items():
+            file = tmp_path / MODULES[name]
+            file.parent.mkdir(parents=True)
+            file.write_text(f"DEEDS = {own}\n{PEER}")
+
+    return make
 
 
-def test_a_peer_costs_its_rows_and_no_others(adapters: Path) -> None:
-    """All at once: an exception, wrong and infinite results, the end of the process, silence at once and later."""
-    names = ("raises", "lies", "not finite", "exits", "sleeps later", "right")
-    (adapters / "peer.py").write_text(f"NAMES = {names}\n{PEER}")
+def test_a_peer_costs_its_rows_and_no_others(pretend: Pretend) -> None:
+    """All at once: an exception, wrong and infinite results, the end of the process, silence."""
+    pretend(fla={1: "raises", 2: "lies", 3: "not finite", 4: "sleeps later"}, transformers={2: "exits"})
     done, told = [], []
+    contenders = [peers.OURS, "fla", "transformers", peers.TOKEN_LOOP]
     bench = Bench(
-        "cpu", ["ours", "fakes.peer", "reference"], CASES, {"date": "today"}, limit=1.5,
-        advance=lambda: done.append(1), tell=told.append,
-    )  # fmt: skip
+        "cpu", contenders, CASES, {"date": "today"}, limit=1.5, advance=lambda: done.append(1), tell=told.append
+    )
     rows = bench.run()
     found = records.cases_of(row for row in rows if row.group != records.CEILINGS)
     assert len(done) == len(found) == len(CASES)
     assert all(row.date == "today" for row in rows)
-    *decodes, norm = found.values()
-    for case, own in zip(CASES, decodes, strict=False):
-        right = [own[name] for name in (peers.OURS, "right", "token loop")]
+    *prefills, norm = found.values()
+    for own in prefills:
+        right = [own[name] for name in (peers.OURS, peers.TOKEN_LOOP)]
         assert all(row.status == "ok" and row.us and row.p10 and row.p90 and row.floor_us for row in right)
         assert all(row.p10 <= row.us <= row.p90 for row in right if row.us and row.p10 and row.p90)
-        assert (
-            right[0].check
-            == f"float64 on {case.batch} of {case.batch} rows, the rest against a contender that is right"
-        )
-        assert right[0].best_peer in ("right", "token loop")
-        assert right[0].speedup and right[0].bytes and right[0].rows == case.batch
-        assert (own["raises"].status, own["raises"].note) == ("failed", "RuntimeError: on purpose (peer.py)")
-        assert own["lies"].status == own["not finite"].status == "wrong"
-        assert re.fullmatch(r"(output|state) against .*: error 1.0e-01, over 1e-02", own["lies"].note)
-        assert own["not finite"].note == "output is not finite"
-        assert all(own[name].us is None for name in names[:-1])
-    for own in decodes[:2]:
-        assert (own["exits"].status, own["exits"].note) == ("crashed", "exit status 7 while: check")
-        assert (own["sleeps later"].status, own["sleeps later"].note) == ("hung", "did not answer while: timing")
-    for name in ("exits", "sleeps later"):
-        assert (decodes[2][name].status, decodes[2][name].note) == ("skipped", f"as in {CASES[1].name}")
+        assert right[0].best_peer and right[0].speedup and right[0].bytes and right[0].rows == 1
+    bad = [own["fla"] for own in prefills[:4]]
+    assert [row.status for row in bad] == ["failed", "wrong", "wrong", "hung"]
+    assert all(row.us is None for row in bad)
+    assert bad[0].note == "RuntimeError: on purpose (naive.py)"
+    assert re.fullmatch(r"output against .*: error 1.0e-01, over 1e-02", bad[1].note)
+    assert bad[2].note == "output is not finite"
+    left_out = "left out of prefill from here on"
+    assert bad[3].note == f"did not answer while: timing; {left_out}"
+    other = [own.get("transformers") for own in prefills]
+    assert other[0] and other[1]
+    assert (other[0].status, other[1].status) == ("ok", "crashed")
+    assert other[1].note == f"exit status 7 while: check; {left_out}"
+    assert "fla" not in prefills[4] and other[2:] == [None] * 3
     assert list(norm) == [peers.OURS]
     assert norm[peers.OURS].status == "ok"
-    assert len(told) == 4
-    assert sum(row.group == records.CEILINGS for row in rows) > 4
+    assert len(told) == 2
+    assert sum(row.group == records.CEILINGS for row in rows) == 6
 
 
-def test_a_worker_that_cannot_start_is_an_error(adapters: Path) -> None:
-    (adapters / "peer.py").write_text("import no_such_module_at_all")
-    with pytest.raises(BenchError, match=r"cannot start: .*No module named 'no_such_module_at_all'"):
-        Bench("cpu", ["ours", "fakes.peer"], CASES[:1], {}).run()
+def test_who_is_blamed() -> None:
+    bench = Bench("cpu", [peers.OURS, "fla"], CASES, {})
+    with pytest.raises(BenchError, match=r"the measuring process cannot begin \(exit status 1 while: starting\)"):
+        bench._blame(Step(MACHINE, "", "starting"), "crashed", "exit status 1 while: starting")
+    bench._blame(Step(1, "", "making inputs"), "crashed", "exit status -9")
+    (row,) = bench.rows()
+    assert (row.case, row.contender, row.status, row.note) == (CASES[1].name, peers.OURS, "failed", "exit status -9")
+    bench._blame(Step(0, "fla", "check"), "hung", "did not answer")
+    assert len(bench.rows()) == 1  # the case is measured again, without it
+    assert bench._plan([0], bench.peers).left_out == {("prefill", "fla")}
+    bench._keep(0, [])
+    assert bench.rows()[0].status == "hung"
 
 
-def bench_of(*, strikes: int = 0) -> Bench:
-    bench = Bench("cpu", ["ours", "broken"], CASES, {})
-    bench._strikes["decode", "broken"] = strikes
-    return bench
+class Pipe:
+    """What a worker says."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def send(self, event: object) -> None:
+        self.said.append(event)
 
 
-def test_who_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = {0, 1, 2, 3}
-    bench = bench_of()
-    assert bench._blame(False, "exit status 1", {}, every) == set()  # before it began
-    assert bench._blame(False, "exit status 1", {"case": -1, "contender": "", "stage": "ceilings"}, every) == set()
-    assert bench._rows == {}
-    inputs = {"case": 1, "contender": "", "stage": "inputs and reference"}
-    assert bench._blame(False, "exit status -9", inputs, every) == {1}
-    (row,) = bench._rows[1].values()
-    assert (row.contender, row.status, row.note) == (peers.OURS, "failed", "exit status -9 while: inputs and reference")
-    asked = {"case": 0, "contender": "broken", "adapter": "broken", "asked": True, "stage": "being asked"}
-    assert bench._blame(False, "exit status 1", asked, every) == set()
-    assert bench.adapters == ["ours"]
-    assert bench._rows[0]["broken"].status == "crashed"
-    bench = bench_of(strikes=1)
-    assert bench._blame(True, "did not answer", {"case": 0, "contender": "broken", "stage": "check"}, every) == set()
-    assert {number: rows["broken"].status for number, rows in bench._rows.items()} == {
-        0: "hung", 1: "skipped", 2: "skipped",
-    }  # fmt: skip
-    assert bench._leave_out == {(0, "broken"), (1, "broken"), (2, "broken")}  # the norm is another operation
+def worker_of(cases: list[Case]) -> tuple[Worker, Pipe]:
+    machine = [
+        Row("ceilings", name, "machine", us=1.0) for name in ("product", "smallest", "in-place", "write", "read")
+    ]
+    pipe = Pipe()
+    return Worker(Plan("cpu", [peers.OURS], dict(enumerate(cases)), machine, set()), pipe), pipe  # type: ignore[arg-type]
 
 
-class Said:
-    """A worker that has said its lines already."""
+def test_a_failure_that_takes_the_device_along_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("illegal memory access")
 
-    def __init__(self, *events: dict[str, Any]) -> None:
-        self._events = events
+    def left(status: int) -> None:
+        raise SystemExit(status)
 
-    def events(self, limit: float) -> Iterator[dict[str, Any]]:
-        yield from self._events
-
-
-def test_a_failure_that_takes_the_device_along_is_told_once() -> None:
-    bench = bench_of()
-    begun = {"kind": "begin", "case": 0, "contender": "broken", "stage": "check"}
-    failed = {"contender": "broken", "adapter": "broken", "status": "failed", "note": "AcceleratorError"}
-    said = Said(begun, {"kind": "row", "case": 0, "row": failed}, {"kind": "sick", "case": 0})
-    done, last = bench._listen(said, machine.Monitor("cpu"))  # type: ignore[arg-type]
-    assert (done, last["contender"]) == (set(), "broken")
-    assert bench._blame(False, "exit status 3", last, {0, 1, 2, 3}) == set()
-    assert (bench._rows[0]["broken"].status, bench._rows[0]["broken"].note) == ("failed", "AcceleratorError")
-    assert bench._plan([0], bench.adapters)["leave_out"] == [(0, "broken")]
-
-
-def test_compiling_ahead_runs_every_contender_once(adapters: Path) -> None:
-    """Two processes at a time, whatever becomes of them; nothing that they do is measured."""
-    (adapters / "peer.py").write_text(
-        "from pathlib import Path\nimport os\nfrom gated_delta.bench.peers import Bound, Contender\n"
-        "PACKAGE, DISTRIBUTION, DEVICES = None, None, ('cpu',)\n"
-        "def contenders(case, device):\n"
-        "    def call():\n"
-        "        with (Path(__file__).parent / case.operation).open('a') as file:\n"
-        "            file.write(f\"{case.batch} {os.environ['FLA_CACHE_RESULTS']}\\n\")\n"
-        "        os._exit(case.batch == 3)\n"
-        "    return [Contender('x', lambda inputs: Bound(call, dict))]\n"
-    )
-    told: list[str] = []
-    bench = Bench("cpu", ["fakes.peer"], CASES[2:], {}, jobs=2, tell=told.append)
-    bench._compile()
-    assert told[0] == "compiling ahead in 2 processes"
-    assert re.fullmatch(r"compiled in \d+ s", told[1])
-    assert (adapters / "decode").read_text() == "3 0\n"
-    assert (adapters / "norm").read_text() == "2 0\n"
-    assert bench._rows == {}
-
-
-def test_compiling_ahead_ends_in_time(adapters: Path) -> None:
-    (adapters / "peer.py").write_text(f"NAMES = ('sleeps',)\n{PEER}")
-    started = time.monotonic()
-    Bench("cpu", ["fakes.peer"], CASES[:1], {}, jobs=1, limit=1.0)._compile()
-    assert 2.0 <= time.monotonic() - started < 8.0
+    own, pipe = worker_of(CASES[:1])
+    monkeypatch.setattr(own, "_synchronize", broken)
+    monkeypatch.setattr(worker.peers, "bind", broken)
+    monkeypatch.setattr(worker.os, "_exit", left)
+    with pytest.raises(SystemExit):
+        own.measure()
+    assert pipe.said[-1] == Step(0, peers.OURS, "RuntimeError: illegal memory access (test_bench_run.py)")
 
 
 def test_a_case_without_memory_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*args: object) -> None:
         raise torch.OutOfMemoryError("no memory\nat all")
 
-    said: list[dict[str, Any]] = []
-    plan = Bench("cpu", ["ours"], CASES, {})._plan([0, 1], ["ours"])
-    own = worker.Worker({**plan, "ceilings": [1e9, 1e9, 1e9, 1e12, 1.0]}, None)  # type: ignore[arg-type]
-    monkeypatch.setattr(own, "say", lambda kind, **facts: said.append({"kind": kind, **facts}))
+    own, pipe = worker_of(CASES[:2])
     monkeypatch.setattr(worker, "make_sets", no_memory)
     own.measure()
-    rows = [event["row"] for event in said if event["kind"] == "row"]
-    assert [row["status"] for row in rows] == ["failed", "failed"]
-    assert rows[0]["note"].startswith("OutOfMemoryError: no memory at all (test_bench_run.py)")
-    assert [event["case"] for event in said if event["kind"] == "done"] == [0, 1]
+    done = [event for event in pipe.said if isinstance(event, Done)]
+    assert [[row.status for row in event.rows] for event in done] == [["failed"], ["failed"]]
+    assert done[0].rows[0].note == "OutOfMemoryError: no memory at all (test_bench_run.py)"
+
+
+def test_compiling_ahead_runs_every_contender_once(
+    pretend: Pretend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two processes at a time, whatever becomes of them; nothing that they do is measured."""
+    pretend(fla={1: "writes", 2: "writes", 3: "exits"})
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    told: list[str] = []
+    chosen = [CASES[2], *CASES[:2], replace(CASES[0], heads=Heads(1, 2, 32, 32)), CASES[-1]]
+    bench = Bench("cpu", ["fla"], chosen, {}, jobs=2, tell=told.append)
+    bench._compile()
+    assert told[0] == "compiling ahead in 2 processes"
+    assert re.fullmatch(r"compiled in \d+ s", told[1])
+    assert (tmp_path / "notes").read_text() == "1 0\n"
+    assert bench.rows() == []
+
+
+def test_compiling_ahead_ends_in_time(pretend: Pretend) -> None:
+    pretend(fla={1: "sleeps"})
+    started = time.monotonic()
+    Bench("cpu", ["fla"], CASES[:1], {}, jobs=1, limit=1.0)._compile()
+    assert 2.0 <= time.monotonic() - started < 8.0
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -280,8 +267,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(
     command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def cut_off(bench: Bench) -> list[Row]:
-        bench._keep(0, contender=peers.OURS, us=2.0)
-        bench.advance()
+        bench._keep(0, [Row("norm", "x", peers.OURS, us=2.0)])
         raise BenchError("bench: cut off")
 
     monkeypatch.setattr(Bench, "run", cut_off)
@@ -307,23 +293,23 @@ def test_without_matplotlib_there_is_a_csv_and_a_sentence(
 def test_options_reach_the_run(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Bench] = []
     monkeypatch.setattr(Bench, "run", lambda self: seen.append(self) or [])
-    command("verify", "--device", "cpu", "--tokens", "3", "--limit", "7", "--jobs", "2", "--peers", "none")
+    command("verify", "--device", "cpu", "--tokens", "3", "--limit", "7", "--peers", "none")
     command("--quick", "--device", "cpu", "--peers", "none")
     command("run", "--device", "cpu", "--heads", "all", "--seqs", "all", "--peers", "none", "prefill")
     first, quick, everything = seen
     assert (first.limit, first.jobs, {case.tokens for case in first.cases}) == (7.0, 0, {3})
     assert {case.group for case in quick.cases} == set(cases.DEFAULT_GROUPS)
-    assert len(everything.cases) == len(cases.MODELS) * (len(cases.SEQUENCES) + len(cases.MORE_SEQUENCES))
+    assert len(everything.cases) == len(cases.MODELS) * len(cases.SEQUENCES)
 
 
 def test_soak_fails_when_something_is_wrong(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fine = command("--soak", "6", "--device", "cpu")
     assert fine.status == 0
     assert "6 calls on cpu: 0 wrong" in fine.words
-    monkeypatch.setattr(soak, "_one", lambda case, device: "wrong on purpose")
+    monkeypatch.setattr(soak, "fault_of", lambda case, device: "wrong on purpose")
     broken = command("--soak", "2", "--device", "cpu")
     assert broken.status == 1
-    assert broken.words.count(": wrong on purpose") == 4  # told at once, and in the end
+    assert broken.words.count(": wrong on purpose") == 2
 
 
 def test_compare_shows_what_got_slower(command: Any, tmp_path: Path) -> None:
@@ -366,7 +352,6 @@ BAD: list[tuple[list[str], str]] = [
      "such adapter"),
     (["--soak", "-1"], "Invalid value for '--soak':"),
     (["--limit", "0"], "Invalid value for '--limit':"),
-    (["--jobs", "-2"], "Invalid value for '--jobs':"),
     (["--bogus"], "No such option:"),
     (["--device", "tpu"], "command line: --device is 'tpu'; it must be \"auto\", \"cpu\" or \"cuda\""),
     (["--device", "cuda"], 'command line: --device is "cuda"; it must be "cpu": torch sees no GPU here'),

@@ -3,86 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from statistics import geometric_mean
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from gated_delta.bench.peers import OURS
 from gated_delta.bench.records import CEILINGS, Row
-from gated_delta.bench.report import NOISE_US, geometric_mean, number
+from gated_delta.bench.report import number
+
+NOISE_US = 20.0
+"""Cases shorter than this vary too much to judge a few per cent."""
 
 
-class Change(NamedTuple):
-    """One contender in one case of both runs."""
-
-    before: Row
-    after: Row
-    ratio: float
-    """time after over time before"""
-
-
-class Comparison(NamedTuple):
-    """What two runs have in common and what not."""
-
-    changes: list[Change]
-    """of contenders timed in both, the most slowed down first"""
-    lost: list[Row]
-    """timed before, and afterwards absent or with another status"""
-    gained: list[Row]
-    """the other way round"""
-    differing: dict[str, tuple[str, str]]
-    """facts of the machines that differ, before and after"""
-
-
-def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
-    """Match the rows of two runs by group, case, gates and contender."""
-    old, new = ({row.key: row for row in rows if row.us is not None} for rows in (before, after))
-    shared = [Change(old[key], new[key], new[key].us / old[key].us) for key in old if key in new]  # type: ignore[operator]
-    differing = {}
-    for name in ("device", "driver", "torch", "cuda", "triton", "commit"):
-        values = tuple(str(getattr(rows[0], name)) if rows else "" for rows in (before, after))
-        if values[0] != values[1]:
-            differing[name] = (values[0], values[1])
-    changes = sorted(shared, key=lambda change: -change.ratio)
-    lost = [old[key] for key in old if key not in new]
-    return Comparison(changes, lost, [new[key] for key in new if key not in old], differing)
-
-
-def table(found: Comparison, threshold: float) -> Table:
-    """Changes of more than ``threshold`` (0.03 is 3 %), the worst first."""
+def compare(before: Sequence[Row], after: Sequence[Row], threshold: float) -> Group:
+    """The times that changed by more than ``threshold`` (0.03 is 3 %), the most slowed down first, and what it all
+    comes to. Rows are matched by group, case, gates and contender.
+    """
+    old, new = ({row.key: row for row in rows if row.us} for rows in (before, after))
+    ratios = {key: (new[key].us or 0.0) / (old[key].us or 1.0) for key in old if key in new}
     shown = Table("group", "case", "contender", "before", "after", "", title="us a call", title_justify="left")
-    for change in found.changes:
-        if abs(change.ratio - 1) > threshold:
-            row, style = change.after, "red" if change.ratio > 1 else "green"
-            times = (number(change.before.us or 0), number(change.after.us or 0))
-            shown.add_row(row.group, row.case, row.contender, *times, f"[{style}]{100 * (change.ratio - 1):+.1f} %[/]")
-    return shown
+    for key, ratio in sorted(ratios.items(), key=lambda pair: -pair[1]):
+        if abs(ratio - 1) > threshold:
+            group, case, gates, contender = key
+            times = (number(old[key].us or 0), number(new[key].us or 0))
+            change = f"[{'red' if ratio > 1 else 'green'}]{100 * (ratio - 1):+.1f} %[/]"
+            shown.add_row(group, f"{case} {gates}".strip(), contender, *times, change)
+    lines = _machines(before, after)
+    for title, keys in (("only before", old.keys() - new.keys()), ("only after", new.keys() - old.keys())):
+        if keys:
+            lines.append(f"{title}: {len(keys)} times, such as {_named(min(keys))}")
+    long = {key for key in ratios if min(old[key].us or 0, new[key].us or 0) >= NOISE_US}
+    lines += _ours({key: x for key, x in ratios.items() if key[3] == OURS and key[0] != CEILINGS}, long, threshold)
+    return Group(*([shown] if shown.row_count else []), *map(Text, lines))
 
 
-def words(found: Comparison, threshold: float) -> list[str]:
-    """What the comparison comes to, a sentence a line."""
+def _named(key: tuple[str, ...]) -> str:
+    return " ".join(filter(None, key))
+
+
+def _machines(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
+    """The facts about the two runs that differ."""
+    lines = []
+    for name in ("device", "driver", "torch", "cuda", "triton", "commit"):
+        old, new = (getattr(rows[0], name) if rows else "" for rows in (before, after))
+        if old != new:
+            lines.append(f"{name}: {old or 'unknown'} before, {new or 'unknown'} after")
+    return lines
+
+
+def _ours(ratios: dict[tuple[str, ...], float], long: set[tuple[str, ...]], threshold: float) -> list[str]:
+    """What became of our own times, and the largest change of one that is ``long`` enough to trust."""
+    if not ratios:
+        return [f"no case of {OURS} was timed in both"]
+    slower, faster = (sum(sign * (x - 1) > threshold for x in ratios.values()) for sign in (1, -1))
+    mean = 100 * (geometric_mean(ratios.values()) - 1)
     lines = [
-        f"{name}: {old or 'unknown'} before, {new or 'unknown'} after" for name, (old, new) in found.differing.items()
+        f"{OURS}: {slower} of {len(ratios)} cases slower by more than {threshold:.0%}, {faster} faster; "
+        f"geometric mean {mean:+.1f} %"
     ]
-    for title, rows in (("only before", found.lost), ("only after", found.gained)):
-        if rows:
-            names = ", ".join(f"{row.group} {row.case} ({row.contender})" for row in rows[:5])
-            lines.append(f"{title}: {len(rows)} times, such as {names}")
-    ours = [c for c in found.changes if c.after.contender == OURS and c.after.group != CEILINGS]
-    if not ours:
-        return [*lines, f"no case of {OURS} was timed in both"]
-    slower = sum(change.ratio > 1 + threshold for change in ours)
-    faster = sum(change.ratio < 1 - threshold for change in ours)
-    mean = geometric_mean(change.ratio for change in ours)
-    lines.append(
-        f"{OURS}: {slower} of {len(ours)} cases slower by more than {threshold:.0%}, {faster} faster; "
-        f"geometric mean {100 * (mean - 1):+.1f} %"
-    )
-    long = [change for change in ours if min(change.before.us or 0, change.after.us or 0) >= NOISE_US]
-    if long:
-        largest = max(long, key=lambda change: abs(change.ratio - 1))
-        lines.append(
-            f"largest change of a case over {NOISE_US:.0f} us: {100 * (largest.ratio - 1):+.1f} % "
-            f"({largest.after.group} {largest.after.case})"
-        )
+    largest = max(long & ratios.keys(), key=lambda key: abs(ratios[key] - 1), default=None)
+    if largest is not None:
+        change = f"{100 * (ratios[largest] - 1):+.1f} % ({_named(largest)})"
+        lines.append(f"largest change of a case over {NOISE_US:.0f} us: {change}")
     return lines

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from gated_delta.bench.cases import MODELS, STATES, Case
-from gated_delta.bench.timing import Call, Timer, cache_bytes, in_turns
+from gated_delta.bench.cases import MODELS, NO_MODEL, STATES, STEPS, Case
+from gated_delta.bench.records import CEILINGS, Row
+from gated_delta.bench.timing import Call, cache_bytes, in_turns, prepare
 
 CHUNK = 64
 """Tokens a chunk in the count of a prefill's operations."""
-IN_PLACE_MIB = (2, 8, 32, 128, 512, 1024)
-LARGE = 512
-"""MiB of the tensors whose bandwidth is the ceiling."""
+IN_PLACE_MIB = {"cuda": (2, 8, 32, 128, 1024, 512), "cpu": (2, 32)}
+"""The last is the size of the tensors whose bandwidth is the ceiling."""
 
 
-class Ceilings(NamedTuple):
-    """Bytes a second, operations a second, microseconds."""
-
-    read: float
-    write: float
-    in_place: float
-    """Bytes read and written together."""
-    product: float
-    """Of a bf16 matrix product on a GPU, an fp32 one on a CPU."""
-    smallest: float
-    """The shortest kernel in a graph, the shortest operation on a CPU."""
-
-
-class Measured(NamedTuple):
-    """One measurement of the machine."""
-
-    name: str
-    us: float
-    rate: float
-    """Bytes or operations a second."""
+Ceilings = dict[str, float]
+"""What the machine reaches, by what it does: TB/s to "read", "write" and change "in-place" (bytes read and written
+together), TFLOP/s of a "product" (bf16 on a GPU, fp32 on a CPU), us of the "smallest" kernel in a graph."""
 
 
 class Work(NamedTuple):
@@ -50,41 +33,33 @@ class Work(NamedTuple):
     """of matrix products, a multiplication and an addition each counted"""
 
 
-def measure(device: torch.device) -> tuple[Ceilings, list[Measured]]:
+def measure(device: torch.device) -> Iterator[Row]:
     """Bandwidth and arithmetic of the machine as it is now; on a GPU this is the warm-up, too."""
-    found = list(_measure(device))
-    rates: dict[str, float] = {}
-    for row in found:
-        rates[row.name] = max(rates.get(row.name, 0.0), row.rate)
-    large = f"in-place {LARGE if device.type == 'cuda' else 32} MiB"
-    smallest = next(row.us for row in found if row.name == "smallest")
-    return Ceilings(rates["read"], rates["write"], rates[large], rates["product"], smallest), found
-
-
-def _measure(device: torch.device) -> Iterator[Measured]:
     gpu = device.type == "cuda"
-    size = 4096 * 2 if gpu else 1024
+    size = 8192 if gpu else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if gpu else torch.float32) for _ in range(2))
-    product = torch.empty_like(a)
-    multiply = partial(torch.mm, a, b, out=product)
+    multiply = partial(torch.mm, a, b, out=torch.empty_like(a))
     for _ in range(500 * gpu):  # a second, which brings the clocks up
         multiply()
     us = _time([multiply], device)
-    yield Measured("product", us, 2 * size**3 / us * 1e6)
+    yield Row(CEILINGS, "product", "machine", us=us, tflop_s=2 * size**3 / us / 1e6)
     one = torch.randn(1, device=device)
-    yield Measured("smallest", _time([partial(one.mul_, 1.0)], device), 0.0)
-    for mib in IN_PLACE_MIB if gpu else (2, 32):
-        sets = -(-cache_bytes(device) // (mib << 20)) + 1
-        tensors = [torch.randn(mib << 18, device=device) for _ in range(min(64, sets))]
-        us = _time([partial(x.mul_, 1.0001) for x in tensors], device)
-        yield Measured(f"in-place {mib} MiB", us, 2 * (mib << 20) / us * 1e6)
-    x = torch.randn((LARGE if gpu else 32) << 18, device=device)
-    us = _time([partial(x.fill_, 1.5)], device)
-    yield Measured("write", us, x.nbytes / us * 1e6)
+    yield Row(CEILINGS, "smallest", "machine", us=_time([partial(one.mul_, 1.0)], device))
+    x = one
+    for mib in IN_PLACE_MIB[device.type]:
+        sets = min(64, -(-cache_bytes(device) // (mib << 20)) + 1)
+        tensors = [torch.randn(mib << 18, device=device) for _ in range(sets)]
+        x, calls = tensors[0], [partial(y.mul_, 1.0001) for y in tensors]
+        yield _bandwidth(f"in-place {mib} MiB", 2 * x.nbytes, calls, device)
+    yield _bandwidth("write", x.nbytes, [partial(x.fill_, 1.5)], device)
     x.normal_()
-    for read in _reads(x):
-        us = _time([read], device)
-        yield Measured("read", us, x.nbytes / us * 1e6)
+    reads = [_bandwidth("read", x.nbytes, [read], device) for read in _reads(x)]
+    yield min(reads, key=lambda row: row.us or 0.0)
+
+
+def _bandwidth(name: str, nbytes: int, calls: Sequence[Call], device: torch.device) -> Row:
+    us = _time(calls, device)
+    return Row(CEILINGS, name, "machine", us=us, tb_s=nbytes / us / 1e6)
 
 
 def _reads(x: torch.Tensor) -> list[Call]:
@@ -99,10 +74,16 @@ def _reads(x: torch.Tensor) -> list[Call]:
     return calls
 
 
-def _time(calls: list[Call], device: torch.device) -> float:
+def _time(calls: Sequence[Call], device: torch.device) -> float:
     for call in calls:
         call()
-    return in_turns({"": Timer(calls, device)}, device)[""].median
+    return in_turns({"": prepare(calls, device)}, device)[""].us
+
+
+def ceilings(rows: Iterable[Row]) -> Ceilings:
+    """What :func:`measure` found; of the bandwidths in place, that of the largest tensor."""
+    found = {row.case: row.tflop_s or row.tb_s or row.us or 0.0 for row in rows}
+    return found | {"in-place": next(found[name] for name in reversed(found) if name.startswith("in-place"))}
 
 
 def work(case: Case) -> Work:
@@ -112,26 +93,22 @@ def work(case: Case) -> Work:
     algorithm for 64 tokens (docs/bench.md has the count).
     """
     (h, hv, k, v), tokens, rows = case.heads, sum(case.lengths), len(case.lengths)
-    state = hv * k * v
+    activations, output = tokens * (2 * h * k + hv * v) * 2, tokens * hv * v * 2
+    states, windows = rows * hv * k * v * 4, rows * case.heads.conv_dim * 3 * 2
     if case.operation == "prefill":
-        states = rows * state * 4
-        read = tokens * (2 * h * k + hv * v) * 2 + 2 * tokens * hv * 4 + states
-        return Work(read, tokens * hv * v * 2 + states, _prefill_operations(case))
-    if case.operation in ("decode", "verify"):
-        states = rows * state * STATES[case.state].itemsize
+        return Work(activations + 2 * tokens * hv * 4 + states, output + states, _prefill_operations(case))
+    if case.operation in STEPS:
+        states = states // 4 * STATES[case.state].itemsize
         copies = {"outputs": 0, "snapshots": case.tokens, "slots": case.tokens}.get(case.form, 1)
-        read = tokens * (2 * h * k + hv * v + 2 * hv) * 2 + states
-        return Work(read, tokens * hv * v * 2 + copies * states, 0)
+        return Work(activations + tokens * 2 * hv * 2 + states, output + copies * states, 0)
     if case.operation == "conv":
-        inputs, states = tokens * case.heads.conv_dim * 2, rows * case.heads.conv_dim * 3 * 2
-        return Work(inputs + states, inputs + states, 0)
+        return Work(activations + windows, activations + windows, 0)
     if case.operation == "norm":
-        return Work(2 * tokens * hv * v * 2, tokens * hv * v * 2, 0)
-    hidden = MODELS[case.heads].hidden if case.heads in MODELS else 256
-    weights = hidden * (case.heads.conv_dim + 2 * hv * v + 2 * hv)
-    states = rows * (state * 4 + case.heads.conv_dim * 3 * 2)
+        return Work(2 * output, output, 0)
+    _, hidden = MODELS.get(case.heads, NO_MODEL)
+    weights, both = hidden * (case.heads.conv_dim + 2 * hv * v + 2 * hv), tokens * hidden * 2 + states + windows
     operations = 2 * tokens * weights + (_prefill_operations(case) if case.form == "prefill" else 0)
-    return Work(weights * 2 + tokens * hidden * 2 + states, tokens * hidden * 2 + states, operations)
+    return Work(weights * 2 + both, both, operations)
 
 
 def _prefill_operations(case: Case) -> int:
@@ -141,12 +118,20 @@ def _prefill_operations(case: Case) -> int:
     return chunk * case.heads.hv * sum(-(-length // c) for length in case.lengths)
 
 
-def floor(needed: Work, ceilings: Ceilings) -> float:
+def floor(needed: Work, most: Ceilings) -> float:
     """Microseconds below which nobody gets: the largest of the smallest kernel, the products, and the traffic, of
     which as much as is both read and written runs at the in-place bandwidth.
     """
     both = min(needed.read, needed.written)
-    traffic = (
-        2 * both / ceilings.in_place + (needed.read - both) / ceilings.read + (needed.written - both) / ceilings.write
-    )
-    return max(ceilings.smallest, needed.operations / ceilings.product * 1e6, traffic * 1e6)
+    reading, writing = (needed.read - both) / most["read"], (needed.written - both) / most["write"]
+    traffic = 2 * both / most["in-place"] + reading + writing
+    return max(most["smallest"], needed.operations / most["product"] / 1e6, traffic / 1e6)
+
+
+def rates(case: Case, us: float, most: Ceilings) -> dict[str, float]:
+    """Columns that relate a time to the hardware."""
+    needed = work(case)
+    moved, least = needed.read + needed.written, floor(needed, most)
+    found = {"bytes": moved, "floor_us": least, "over_floor": us / least, "tb_s": moved / us / 1e6}
+    arithmetic = {"operations": needed.operations, "tflop_s": needed.operations / us / 1e6}
+    return found | (arithmetic if needed.operations else {})

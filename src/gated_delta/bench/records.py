@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from gated_delta.bench.cases import MODELS, NO_MODEL, Case
+from gated_delta.bench.peers import OURS
 from gated_delta.errors import OptionError
 
-OK = "ok"
 STATUSES = {
-    OK: "right, and timed",
+    "ok": "right, and timed",
     "wrong": "its results are over the tolerance or not finite",
     "failed": "it raised an exception",
     "crashed": "it ended the process",
     "hung": "it did not answer within the time limit",
-    "skipped": "it crashed or hung twice in this operation before",
     "absent": "not installed, or not for this device",
 }
 CEILINGS, ABSENT = "ceilings", "absent"
@@ -32,7 +32,7 @@ class Row:
     group: str
     case: str
     contender: str
-    status: str = OK
+    status: str = "ok"
     us: float | None = None
     """median of the replays"""
     p10: float | None = None
@@ -46,13 +46,12 @@ class Row:
     speedup: float | None = None
     """of the best peer's time over this one (of ours alone)"""
     error: float | None = None
-    check: str = ""
+    """the largest relative one"""
     note: str = ""
+    """what went wrong"""
     model: str = ""
     """where the heads come from"""
     heads: str = ""
-    head_k: int | None = None
-    head_v: int | None = None
     form: str = ""
     size: str = ""
     rows: int | None = None
@@ -63,9 +62,6 @@ class Row:
     gates: str = ""
     bytes: int | None = None
     operations: int | None = None
-    replays: int | None = None
-    calls: int | None = None
-    """calls a replay"""
     sets: int | None = None
     """sets of inputs that are rotated"""
     sm_mhz: float | None = None
@@ -86,6 +82,15 @@ class Row:
         return self.group, self.case, self.gates, self.contender
 
 
+def row_of(case: Case, contender: str, **measured: Any) -> Row:
+    """A row with the columns that the case gives."""
+    return Row(
+        case.group, case.name, contender, model=MODELS.get(case.heads, NO_MODEL)[0], heads=str(case.heads),
+        form=case.form, size=case.size, rows=len(case.lengths), tokens=sum(case.lengths), state=case.state,
+        gates=case.gates, **measured,
+    )  # fmt: skip
+
+
 _CASTS = {field.name: str(field.type).split(" ")[0] for field in fields(Row)}
 
 
@@ -95,11 +100,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
         out = csv.DictWriter(file, list(_CASTS))
         out.writeheader()
         for row in rows:
-            out.writerow({name: _text(value) for name, value in asdict(row).items()})
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+            out.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(row).items()})
 
 
 def read(path: Path) -> list[Row]:
@@ -123,7 +124,7 @@ def _value(name: str, text: str) -> Any:
     kind = _CASTS[name]
     if kind == "str":
         return text
-    return None if text == "" else {"int": int, "float": float}[kind](text)
+    return {"int": int, "float": float}[kind](text) if text else None
 
 
 def cases_of(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
@@ -134,17 +135,12 @@ def cases_of(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
     return found
 
 
-def with_best_peer(rows: Sequence[Row], ours: str) -> list[Row]:
+def with_best_peer(rows: Sequence[Row]) -> list[Row]:
     """The rows of one case, ours related to the fastest of the others that were timed."""
-    others = [row for row in rows if row.contender != ours and row.us is not None and not _is_part(row)]
-    best = min(others, key=lambda row: row.us or 0.0, default=None)
-    if best is None or best.us is None:
+    times = {row.contender: row.us for row in rows if row.us is not None}
+    own = times.pop(OURS, None)
+    if own is None or not times:
         return list(rows)
-    return [
-        replace(row, best_peer=best.contender, speedup=best.us / row.us) if row.contender == ours and row.us else row
-        for row in rows
-    ]
-
-
-def _is_part(row: Row) -> bool:
-    return row.contender.startswith("of it: ")
+    best = min(times, key=times.__getitem__)
+    related = {"best_peer": best, "speedup": times[best] / own}
+    return [replace(row, **related) if row.contender == OURS else row for row in rows]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
 from gated_delta.bench import check
-from gated_delta.bench.cases import FORMS, GATES, Case, Heads
+from gated_delta.bench.cases import GATES, PLAN, Case, Heads
 from gated_delta.bench.inputs import make_sets
 from gated_delta.bench.peers import ours
 
@@ -18,30 +17,15 @@ SETTLED = 0.2
 """Part of the calls after which memory should not grow: everything has been compiled and cached."""
 ALLOWED_MIB = {"cuda": 16, "cpu": 256}
 """Growth that is no leak: on a GPU of what is allocated, on a CPU of the process, whose heap is fragmented."""
-
-
-@dataclass
-class Soaked:
-    """What a run found."""
-
-    calls: int
-    device: str
-    faults: list[str] = field(default_factory=list)
-    grown_mib: float = 0.0
-
-    @property
-    def leaks(self) -> bool:
-        return self.grown_mib > ALLOWED_MIB[self.device]
-
-    def words(self) -> str:
-        wrong = "".join(f"\\n  {fault}" for fault in self.faults[:20])
-        memory = f"memory grew by {self.grown_mib:.1f} MiB (up to {ALLOWED_MIB[self.device]} are no leak)"
-        return f"{self.calls} calls on {self.device}: {len(self.faults)} wrong; {memory}{wrong}"
+FORMS = {
+    operation: [form for line in PLAN if line.group == operation for form in line.forms]
+    for operation in ("prefill", "decode", "verify", "conv", "norm")
+}
 
 
 def random_case(choice: random.Random) -> Case:
     """Small enough that checking it takes milliseconds."""
-    operation = choice.choice(("prefill", "decode", "verify", "conv", "norm"))
+    operation = choice.choice(list(FORMS))
     heads = choice.choice((Heads(2, 8), Heads(3, 3, 96, 192)))  # few, as a GPU compiles for each
     form, gates, state = choice.choice(FORMS[operation]), choice.choice(GATES), choice.choice(("fp32", "bf16"))
     if operation == "prefill" or form == "prefill":
@@ -52,40 +36,35 @@ def random_case(choice: random.Random) -> Case:
 
 
 @torch.no_grad()
-def soak(
-    calls: int,
-    device: torch.device,
-    *,
-    seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
-    tell: Callable[[str], None] = lambda words: None,
-) -> Soaked:
-    """Make ``calls`` random calls and judge each; the same seed makes the same calls."""
-    choice, found, settled = random.Random(seed), Soaked(calls, device.type), 0.0
+def soak(calls: int, device: torch.device, advance: Callable[[], None], tell: Callable[[str], None]) -> bool:
+    """Make ``calls`` random calls, the same every time, and judge each: whether all were right and memory did not
+    grow. ``tell`` gets what is wrong, and in the end what was found.
+    """
+    choice, settled, faults = random.Random(0), 0.0, 0
     for number in range(calls):
         if number == int(SETTLED * calls):
             settled = memory_mib(device)
         case = random_case(choice)
-        fault = _one(case, device)
+        fault = fault_of(case, device)
         if fault:
-            found.faults.append(f"call {number}, {case.operation} {case.name} {case.gates}: {fault}")
-            tell(found.faults[-1])
+            faults += 1
+            tell(f"call {number}, {case.operation} {case.name} {case.gates}: {fault}")
         advance()
-    found.grown_mib = memory_mib(device) - settled
-    return found
+    grown, allowed = memory_mib(device) - settled, ALLOWED_MIB[device.type]
+    tell(f"{calls} calls on {device}: {faults} wrong; memory grew by {grown:.1f} MiB (up to {allowed} are no leak)")
+    return not faults and grown <= allowed
 
 
-def _one(case: Case, device: torch.device) -> str:
+def fault_of(case: Case, device: torch.device) -> str:
     """What is wrong with one call, "" if nothing."""
     try:
         inputs = make_sets(case, device, 0)[0]
         truth = check.exact(case, inputs)
-        bound = ours.contenders(case, device.type)[0].bind(inputs)
+        bound = ours.bind(case, inputs)
         bound.call()
-        verdict = check.judge(truth, bound.results(), None)
+        return check.judge(truth, bound.results()).fault
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return "" if verdict.ok else verdict.words
 
 
 def memory_mib(device: torch.device) -> float:

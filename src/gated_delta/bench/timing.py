@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.utils import benchmark
 
 Call = Callable[[], object]
 
@@ -19,6 +20,7 @@ LAUNCH_SHOWS_US = 5000.0
 REPLAYS, LEAST_REPLAYS = 21, 5
 BUDGET_S = {"cuda": 0.6, "cpu": 0.5}
 """All replays of a case together; more than :data:`LEAST_REPLAYS` are made only within it."""
+HOST_S = 0.2
 CACHES = 3
 """Times the L2 that rotating sets take."""
 
@@ -26,12 +28,15 @@ CACHES = 3
 class Spread(NamedTuple):
     """Microseconds a call."""
 
-    median: float
+    us: float
+    """median"""
     p10: float
     p90: float
-    replays: int
-    calls: int
-    """Calls a replay."""
+
+
+def spread(times: Sequence[float]) -> Spread:
+    p10, *_, p90 = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else (times[0],) * 2
+    return Spread(statistics.median(times), p10, p90)
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -41,113 +46,89 @@ def cache_bytes(device: torch.device) -> int:
     return CACHES * torch.cuda.get_device_properties(device).L2_cache_size
 
 
-class Timer:
-    """One contender, ready to be timed: its calls go round the sets of inputs.
+class Plain:
+    """One contender on a CPU: its calls one by one."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._call, self.calls = calls[0], 1
+
+    def replay(self) -> float:
+        """Microseconds a call."""
+        started = time.perf_counter()
+        self._call()
+        return (time.perf_counter() - started) * 1e6
+
+
+class Graph:
+    """One contender on a GPU: a graph of calls that go round the sets of inputs.
 
     Args:
         calls: one for each set; each has run before, so that nothing compiles any more.
     """
 
-    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
-        self._calls, self._device = calls, device
-        self.calls = len(calls) if device.type == "cpu" else self._enough(calls)
-        self._graph = None if device.type == "cpu" else self._capture()
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = _enough(calls)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for i in range(self.calls):
+                calls[i % len(calls)]()
         self._last = 0.0
         """us of the last replay"""
 
-    def _enough(self, calls: Sequence[Call]) -> int:
-        """Calls in a graph, from how long one takes when launched alone."""
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        for call in calls[:3]:
-            call()
-        last.record()
-        torch.cuda.synchronize()
-        one = first.elapsed_time(last) * 1e3 / len(calls[:3])
-        count = max(len(calls), min(MOST_CALLS, int(GRAPH_US / one) + 1))
-        return count if one > GRAPH_US else max(count, LEAST_CALLS)
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(self.calls):
-                self._calls[i % len(self._calls)]()
-        return graph
-
     def replay(self) -> float:
         """Microseconds a call, once round."""
-        if self._graph is None:
-            started = time.perf_counter()
-            for call in self._calls:
-                call()
-            return (time.perf_counter() - started) * 1e6 / self.calls
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self._last < LAUNCH_SHOWS_US:
             self._graph.replay()
-        first.record()
-        self._graph.replay()
-        last.record()
-        last.synchronize()
-        self._last = first.elapsed_time(last) * 1e3
+        self._last = _between_events(self._graph.replay)
         return self._last / self.calls
 
 
+def _enough(calls: Sequence[Call]) -> int:
+    """Calls in a graph, from how long one takes when launched alone."""
+    some = calls[:3]
+    one = _between_events(lambda: [call() for call in some]) / len(some)
+    count = max(len(calls), min(MOST_CALLS, int(GRAPH_US / one) + 1))
+    return count if one > GRAPH_US else max(count, LEAST_CALLS)
+
+
+def _between_events(work: Call) -> float:
+    """Microseconds that the GPU takes for what ``work`` launches."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    work()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) * 1e3
+
+
+def prepare(calls: Sequence[Call], device: torch.device) -> Plain | Graph:
+    """A contender, ready to be timed."""
+    return Graph(calls) if device.type == "cuda" else Plain(calls)
+
+
 def in_turns(
-    timers: dict[str, Timer], device: torch.device, announce: Callable[[str], None] = lambda name: None
+    timers: dict[str, Plain | Graph], device: torch.device, announce: Callable[[str], None] = lambda name: None
 ) -> dict[str, Spread]:
     """Replay A, B, A, B, ... so that what changes in the machine meanwhile changes all alike. ``announce`` is told
     whose turn it is.
     """
-    found: dict[str, list[float]] = {name: [] for name in timers}
 
-    def round_of_all() -> float:
-        total = 0.0
+    def round_of_all() -> dict[str, float]:
+        times = {}
         for name, timer in timers.items():
             announce(name)
-            found[name].append(timer.replay())
-            total += found[name][-1] * timer.calls / 1e6
-        return total
+            times[name] = timer.replay()
+        return times
 
-    seconds = round_of_all()
-    if device.type == "cuda":
-        seconds = min(round_of_all() for _ in range(2))  # the first of a graph uploads it
-    for times in found.values():
-        times.clear()
-    rounds = max(LEAST_REPLAYS, min(REPLAYS, int(BUDGET_S[device.type] / max(seconds, 1e-9))))
-    for _ in range(rounds):
+    for _ in range(2 if device.type == "cuda" else 0):  # the first replay of a graph uploads it
         round_of_all()
-    return {name: spread(times, timers[name].calls) for name, times in found.items()}
+    seconds = sum(us * timers[name].calls / 1e6 for name, us in round_of_all().items())
+    count = max(LEAST_REPLAYS, min(REPLAYS, int(BUDGET_S[device.type] / max(seconds, 1e-9))))
+    rounds = [round_of_all() for _ in range(count)]
+    return {name: spread([times[name] for times in rounds]) for name in timers}
 
 
-def spread(times: Sequence[float], calls: int) -> Spread:
-    ordered = sorted(times)
-    last = len(ordered) - 1
-    return Spread(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(times), calls)
-
-
-def host(call: Call, device: torch.device) -> Spread:
-    """What a call costs the host, in microseconds: many calls one after the other, the device keeping up."""
-    rounds, calls = [], 1
-    call()
-    while True:  # as many calls as take 20 ms
-        _synchronize(device)
-        started = time.perf_counter()
-        for _ in range(calls):
-            call()
-        seconds = time.perf_counter() - started
-        if seconds > 0.02 or calls >= 2000:
-            break
-        calls = min(2000, 1 + int(calls * 0.03 / max(seconds, 1e-6)))
-    for _ in range(9):
-        _synchronize(device)
-        started = time.perf_counter()
-        for _ in range(calls):
-            call()
-        rounds.append((time.perf_counter() - started) / calls * 1e6)
-    _synchronize(device)
-    return spread(rounds, calls)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def host(call: Call) -> Spread:
+    """What a call costs the host: many calls one after the other, the device keeping up."""
+    timer = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return spread([seconds * 1e6 for seconds in timer.blocked_autorange(min_run_time=HOST_S).times])

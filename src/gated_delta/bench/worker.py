@@ -1,221 +1,188 @@
-"""Measures cases in a process of its own, which a peer may end or hang: every step is announced first, and every result
-goes to the parent at once, a line of JSON each.
-"""
+"""Measures cases in a process of its own, which a peer may end or hang: every step is told to the parent first."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
-import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import NamedTuple
 
 import torch
 
 from gated_delta.bench import check, floors, peers, timing
-from gated_delta.bench.cases import MODELS, Case
+from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs, make_sets
-from gated_delta.bench.records import CEILINGS, OK, Row
+from gated_delta.bench.records import Row, row_of
 
-FAULTS = (Exception,)
-"""What costs a contender its row; anything else ends the worker."""
+MACHINE = -1
+"""Stands for the number of a case where the machine itself is measured."""
 MOST_COMPILED_TOKENS = 32768
 """Longer sequences need the same kernels, and many processes share the memory while they compile."""
 
 
+class Plan(NamedTuple):
+    """What a worker is to do."""
+
+    device: str
+    peers: list[str]
+    cases: dict[int, Case]
+    machine: list[Row]
+    """the ceilings, if they have been measured"""
+    left_out: set[tuple[str, str]]
+    """operations, and contenders that do not do them"""
+
+
+class Step(NamedTuple):
+    """What a worker does from now on."""
+
+    number: int
+    """of the case"""
+    contender: str
+    """"" for what is nobody's"""
+    what: str
+
+
+class Done(NamedTuple):
+    """What became of a case."""
+
+    number: int
+    rows: list[Row]
+
+
 class Worker:
-    """Runs a plan of the parent's: adapters, cases, and for each case the contenders to leave out."""
+    """Measures the cases of a plan, and tells its parent through a pipe."""
 
-    def __init__(self, plan: dict[str, Any], out: IO[str]) -> None:
-        self.device = torch.device(plan["device"])
-        self.adapters = [(name, peers.load(name)) for name in plan["adapters"]]
-        self.versions = {name: peers.version_of(name) for name in plan["adapters"]}
-        self.cases = [Case.load(case) for case in plan["cases"]]
-        self.leave_out = {(number, name) for number, name in plan["leave_out"]}
-        self.numbers: list[int] = plan["numbers"]
-        self.ceilings = floors.Ceilings(*plan["ceilings"]) if plan["ceilings"] else None
-        self._out = out
-
-    def say(self, kind: str, **facts: Any) -> None:
-        self._out.write(json.dumps({"kind": kind, **facts}) + "\n")
-        self._out.flush()
+    def __init__(self, plan: Plan, pipe: Connection) -> None:
+        self.plan, self._pipe, self.device = plan, pipe, torch.device(plan.device)
+        self._number = MACHINE
+        self._rows: dict[str, Row] = {}
+        """Of the case that is being measured."""
 
     def measure(self) -> None:
-        """Every case, after the ceilings of the machine where the parent does not know them yet."""
-        if self.ceilings is None:
-            self.say("begin", case=-1, contender="", stage="ceilings")
-            self.ceilings, found = floors.measure(self.device)
-            self.say("ceilings", values=list(self.ceilings), rows=[asdict(_machine_row(x)) for x in found])
-        for number, case in zip(self.numbers, self.cases, strict=True):
-            self._measure_case(number, case, self.ceilings)
+        """Every case, after the ceilings of the machine where they are not known yet."""
+        machine = self.plan.machine
+        if not machine:
+            self._pipe.send(Step(MACHINE, "", "measuring the machine"))
+            machine = list(floors.measure(self.device))
+            self._pipe.send(Done(MACHINE, machine))
+        ceilings = floors.ceilings(machine)
+        for number, case in self.plan.cases.items():
+            self._number, self._rows = number, {}
+            for name, times in self._time(case, self._ready(case)).items():
+                rates = floors.rates(case, times.us, ceilings) if case.group != "host" else {}
+                self._rows[name] = replace(self._rows[name], **times._asdict(), **rates)
+            self._pipe.send(Done(self._number, list(self._rows.values())))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def compile(self) -> None:
         """Run every contender of every case once, so that what it compiles is on disk."""
-        for number, case in zip(self.numbers, self.cases, strict=True):
-            if sum(case.lengths) > MOST_COMPILED_TOKENS:
-                continue
-            for _, contender in self._contenders(number, case):
-                with contextlib.suppress(*FAULTS):
-                    contender.bind(make_sets(case, self.device, 0)[0]).call()
-                    _synchronize(self.device)
+        for case in self.plan.cases.values():
+            for name in self.plan.peers if sum(case.lengths) <= MOST_COMPILED_TOKENS else ():
+                with contextlib.suppress(Exception):
+                    bound = peers.bind(name, case, make_sets(case, self.device, 0)[0])
+                    if bound is not None:
+                        bound.call()
+                        self._synchronize()
 
-    def _contenders(self, number: int, case: Case) -> Iterator[tuple[str, peers.Contender]]:
-        for name, adapter in self.adapters:
-            self.say("begin", case=number, contender=name, stage="being asked what it can do", adapter=name, asked=True)
-            for contender in adapter.contenders(case, self.device.type):
-                if (number, contender.name) not in self.leave_out:
-                    yield name, contender
-
-    def _measure_case(self, number: int, case: Case, ceilings: floors.Ceilings) -> None:
-        contenders = list(self._contenders(number, case))
-        self.say("begin", case=number, contender="", stage="inputs and reference")
-        try:
+    def _ready(self, case: Case) -> dict[str, list[timing.Call]]:
+        """The calls of the contenders that are right, one for each set of inputs; rows for all that can do the case."""
+        ready: dict[str, list[timing.Call]] = {}
+        sets, truth, right = [], check.Exact({}), None
+        with self._step(case, "", "making inputs and reference"):
             sets = make_sets(case, self.device, 0 if case.group == "host" else timing.cache_bytes(self.device))
             truth = check.exact(case, sets[0])
-        except FAULTS as error:
-            self._fail(number, case, [(name, c.name) for name, c in contenders], error)
-            self._say_done(number)
-            return
-        bound: dict[str, list[timing.Call]] = {}
-        rows: dict[str, dict[str, Any]] = {}
-        right: check.Results | None = None
-        for name, contender in contenders:
-            self.say("begin", case=number, contender=contender.name, adapter=name, stage="check")
-            try:
-                calls = [contender.bind(inputs) for inputs in sets]
-                verdict, right = self._check(calls[0], sets[0], truth, right)
-                if verdict.ok and case.group != "host":
-                    for each in calls[1:]:
-                        each.call()
-                _synchronize(self.device)
-            except FAULTS as error:
-                self._fail(number, case, [(name, contender.name)], error)
+        for name in self.plan.peers if sets else ():
+            if (case.operation, name) in self.plan.left_out:
                 continue
-            error = verdict.error if math.isfinite(verdict.error) else None
-            facts = {"adapter": name, "error": error, "check": verdict.words, "sets": len(sets)}
-            if verdict.ok:
-                bound[contender.name], rows[contender.name] = [each.call for each in calls], facts
-            else:
-                self._say_row(number, case, contender.name, status="wrong", note=verdict.words, **facts)
-        for name, found in self._time(number, case, bound, rows).items():
-            self._say_row(number, case, name, **rows[name], **_rates(case, found, ceilings))
-        self._say_done(number)
+            with self._step(case, name, "check"):
+                bounds = [bound for x in sets if (bound := peers.bind(name, case, x)) is not None]
+                if not bounds:
+                    continue
+                verdict, right = _check(bounds[0], sets[0], truth, right)
+                facts = {"error": verdict.error, "note": verdict.fault, "version": peers.version_of(name)}
+                status = "wrong" if verdict.fault else "ok"
+                self._rows[name] = row_of(case, name, status=status, sets=len(sets), **facts)
+                if not verdict.fault:
+                    for bound in bounds[1:]:
+                        bound.call()
+                    self._synchronize()
+                    ready[name] = [bound.call for bound in bounds]
+        return ready
 
-    def _check(
-        self, bound: peers.Bound, inputs: Inputs, truth: check.Exact | None, right: check.Results | None
-    ) -> tuple[check.Verdict, check.Results | None]:
-        """Judge one call, with the states put back afterwards that it wrote in place."""
-        saved = {name: inputs[name].clone() for name in ("state", "conv_states") if name in inputs}
-        for name in ("output", "output_state", "snapshots"):
-            if name in inputs:
-                inputs[name].fill_(torch.nan)
-        bound.call()
-        results = bound.results()
-        verdict = check.judge(truth, results, right)
-        if verdict.ok and right is None:
-            right = {name: x.clone() for name, x in results.items()}
-        for name, state in saved.items():
-            inputs[name].copy_(state)
-        return verdict, right
-
-    def _time(
-        self, number: int, case: Case, bound: dict[str, list[timing.Call]], rows: dict[str, dict[str, Any]]
-    ) -> dict[str, timing.Spread]:
-        """Of those that can be timed; a failure is told at once."""
+    def _time(self, case: Case, ready: dict[str, list[timing.Call]]) -> dict[str, timing.Spread]:
         found: dict[str, timing.Spread] = {}
-        timers: dict[str, timing.Timer] = {}
-        for name, calls in bound.items():
-            adapter = rows[name]["adapter"]
-            self.say("begin", case=number, contender=name, adapter=adapter, stage="preparing to time")
-            try:
+        timers = {}
+        for name, calls in ready.items():
+            with self._step(case, name, "preparing to time"):
                 if case.group == "host":
-                    found[name] = timing.host(calls[0], self.device)
+                    found[name] = timing.host(calls[0])
                 else:
-                    timers[name] = timing.Timer(calls, self.device)
-                _synchronize(self.device)
-            except FAULTS as error:
-                self._fail(number, case, [(adapter, name)], error)
+                    timers[name] = timing.prepare(calls, self.device)
+                self._synchronize()
         if timers:
-            found |= timing.in_turns(
-                timers, self.device, lambda name: self.say("begin", case=number, contender=name, stage="timing")
+            found = timing.in_turns(
+                timers, self.device, lambda name: self._pipe.send(Step(self._number, name, "timing"))
             )
         return found
 
-    def _fail(self, number: int, case: Case, contenders: Sequence[tuple[str, str]], error: BaseException) -> None:
-        """Rows for an exception; a device that does not answer any more ends the worker (the parent starts another)."""
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({Path(where.filename).name})"
-        for adapter, name in contenders:
-            self._say_row(number, case, name, adapter=adapter, status="failed", note=message)
-        error.__traceback__ = None  # its frames hold tensors
+    @contextlib.contextmanager
+    def _step(self, case: Case, name: str, what: str) -> Iterator[None]:
+        """Tell what happens now; an exception becomes the row of the contender ``name`` (of ours for what is nobody's).
+        If it took the device along, the worker ends, and the parent starts another.
+        """
+        self._pipe.send(Step(self._number, name, what))
         try:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            yield
+        except Exception as error:
+            where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).name
+            note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({where})"
+            error.__traceback__ = None  # its frames hold tensors
+            try:
+                self._synchronize()
                 torch.ones(1, device=self.device).add_(1).item()
-        except RuntimeError:
-            self.say("sick", case=number)
-            os._exit(3)
+            except RuntimeError:
+                self._pipe.send(Step(self._number, name, note))
+                os._exit(3)
+            who = name or peers.OURS
+            self._rows[who] = row_of(case, who, status="failed", note=note, version=peers.version_of(who))
 
-    def _say_row(self, number: int, case: Case, name: str, *, adapter: str, **facts: Any) -> None:
-        self.say("row", case=number, row={"contender": name, "version": self.versions[adapter], **facts})
-
-    def _say_done(self, number: int) -> None:
-        self.say("done", case=number)
-
-
-def describe(case: Case) -> dict[str, Any]:
-    """The columns that a case gives to all its rows."""
-    needed = floors.work(case) if case.group != "host" else None
-    stateful = case.operation in ("prefill", "decode", "verify")
-    return {
-        "group": case.group,
-        "case": case.name if case.group != "host" else f"{case.operation} {case.name}",
-        "model": MODELS[case.heads].name if case.heads in MODELS else "", "heads": str(case.heads),
-        "head_k": case.heads.k, "head_v": case.heads.v, "form": case.form, "size": case.size,
-        "rows": len(case.lengths), "tokens": sum(case.lengths), "state": case.state if stateful else "",
-        "gates": case.gates if stateful else "", "bytes": needed and needed.read + needed.written,
-        "operations": needed and needed.operations,
-    }  # fmt: skip
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-def _rates(case: Case, found: timing.Spread, ceilings: floors.Ceilings) -> dict[str, Any]:
-    times = {"status": OK, "us": found.median, "p10": found.p10, "p90": found.p90, "replays": found.replays}
-    times["calls"] = found.calls
-    if case.group == "host":
-        return times
-    needed = floors.work(case)
-    least = floors.floor(needed, ceilings)
-    rates = {"floor_us": least, "over_floor": found.median / least}
-    rates["tb_s"] = (needed.read + needed.written) / found.median / 1e6
-    if needed.operations:
-        rates["tflop_s"] = needed.operations / found.median / 1e6
-    return times | rates
+def _check(
+    bound: peers.Bound, x: Inputs, truth: check.Exact, right: check.Results | None
+) -> tuple[check.Verdict, check.Results | None]:
+    """Judge one call, with the states put back afterwards that it wrote in place; the second is what a right one
+    wrote.
+    """
+    saved = {name: x[name].clone() for name in ("state", "conv_states") if name in x}
+    for name in {"output", "output_state", "snapshots"} & x.keys():
+        x[name].fill_(torch.nan)
+    bound.call()
+    results = bound.results()
+    verdict = check.judge(truth, results, right)
+    if not verdict.fault and right is None:
+        right = {name: y.clone() for name, y in results.items()}
+    for name, state in saved.items():
+        x[name].copy_(state)
+    return verdict, right
 
 
-def _machine_row(measured: floors.Measured) -> Row:
-    bandwidth = measured.name not in ("product", "smallest")
-    return Row(
-        CEILINGS, measured.name, "machine", us=measured.us, tb_s=measured.rate / 1e12 if bandwidth else None,
-        tflop_s=measured.rate / 1e12 if measured.name == "product" else None,
-    )  # fmt: skip
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def main() -> None:
-    """Arguments: "measure" or "compile", and the file descriptor for what happens; the plan comes on standard input."""
-    mode, out = sys.argv[1], os.fdopen(int(sys.argv[2]), "w")
-    plan = json.load(sys.stdin)
+def main(plan: Plan, pipe: Connection, ahead: bool) -> None:
+    """What a process runs: measure a plan, or compile what it needs ahead, with all that is printed thrown away."""
+    os.setsid()  # the parent can end it with all processes that it starts
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    if ahead:  # what Triton's tuner finds while others use the GPU must not be kept
+        os.environ |= {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
     with torch.no_grad():
-        worker = Worker(plan, out)
-        worker.compile() if mode == "compile" else worker.measure()
+        worker = Worker(plan, pipe)
+        worker.compile() if ahead else worker.measure()

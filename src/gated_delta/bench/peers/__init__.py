@@ -1,13 +1,8 @@
 """Contenders: us, and every other implementation that is installed.
 
-An adapter is a module with
-
-* ``PACKAGE``: what is imported (looked for, not imported, to say whether the peer is there), None if nothing is needed;
-* ``DISTRIBUTION``: whose version is recorded; ``DEVICES``: where it runs, of "cpu" and "cuda";
-* ``contenders(case, device)``: the ways in which it does a case there, none if it can't.
-
-An adapter translates our arguments to the peer's conventions when it binds a set of inputs, which is not timed; what
-is timed is the call. A dotted name after ``--peers`` is an adapter of the user's own.
+Each has an adapter, a module with ``bind(case, x)``: it translates one set of inputs ``x`` to the peer's conventions,
+which is not timed, and gives what is timed (a :class:`Bound`), or None for a case that the peer can't do. It imports
+the peer when it is called.
 """
 
 from __future__ import annotations
@@ -16,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,10 +19,30 @@ from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
 from gated_delta.errors import OptionError
 
-OURS = "gated-delta"
-KNOWN = ("flashinfer", "flashqla", "fla", "transformers")
-ALWAYS = ("ours", "reference")
-"""Adapters of this package itself."""
+OURS, TOKEN_LOOP = "gated-delta", "token loop"
+
+
+class Peer(NamedTuple):
+    """One contender."""
+
+    adapter: str
+    """Module of this package."""
+    package: str
+    """Looked for, to say whether the peer is there."""
+    distribution: str
+    """Whose version is recorded."""
+    devices: tuple[str, ...]
+
+
+PEERS = {
+    OURS: Peer("ours", "gated_delta", "gated-delta", ("cpu", "cuda")),
+    TOKEN_LOOP: Peer("token_loop", "gated_delta", "gated-delta", ("cpu",)),
+    "flashinfer": Peer("flashinfer", "flashinfer", "flashinfer-python", ("cuda",)),
+    "flashqla": Peer("flashqla", "flash_qla", "flash-qla", ("cuda",)),
+    "fla": Peer("fla", "fla", "fla-core", ("cpu", "cuda")),
+    "transformers": Peer("transformers", "transformers", "transformers", ("cpu",)),
+}
+OTHERS = tuple(PEERS)[2:]
 
 
 class Bound(NamedTuple):
@@ -40,7 +55,7 @@ class Bound(NamedTuple):
 
 
 def returning(call: Callable[[], Any], read: Callable[..., dict[str, Tensor]]) -> Bound:
-    """A call that returns its results; they are let go when the next call has returned."""
+    """A call that returns a tuple of results; they are let go when the next call has returned."""
     last: list[Any] = []
 
     def run() -> None:
@@ -49,66 +64,39 @@ def returning(call: Callable[[], Any], read: Callable[..., dict[str, Tensor]]) -
     return Bound(run, lambda: read(*last))
 
 
-class Contender(NamedTuple):
-    """One way to do a case."""
-
-    name: str
-    bind: Callable[[Inputs], Bound]
-
-
-class Adapter(Protocol):
-    PACKAGE: str | None
-    DISTRIBUTION: str | None
-    DEVICES: tuple[str, ...]
-
-    def contenders(self, case: Case, device: str) -> list[Contender]: ...
-
-
-def load(name: str) -> Adapter:
-    """The adapter called ``name``: one of ours, or a dotted module name."""
-    return cast(Adapter, import_module(name if "." in name else f"{__name__}.{name}"))
+def bind(name: str, case: Case, x: Inputs) -> Bound | None:
+    """The contender ``name`` with the inputs ``x`` of a case, None if it can't do the case."""
+    return import_module(f"{__name__}.{PEERS[name].adapter}").bind(case, x)
 
 
 def choose(words: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:
-    """Adapters to run on ``device`` for the words after ``--peers``, and why the other known ones are absent.
+    """Contenders on ``device`` for the words after ``--peers``, and why others that are known are absent.
 
     Raises:
         OptionError: an unknown name, or a peer asked for by name that can't run here.
     """
-    absent: dict[str, str] = {}
-    always = [name for name in ALWAYS if device in load(name).DEVICES]
-    if list(words) == ["none"]:
-        return always, absent
-    named = [word for word in words if word != "auto"]
-    chosen = []
-    for name in dict.fromkeys((*(KNOWN if len(named) < len(words) else ()), *named)):
-        reason = _missing(name, device)
-        if reason is None:
-            chosen.append(name)
-        elif name in named:
-            raise OptionError("bench", "--peers", repr(name), f"auto, none, or of {', '.join(KNOWN)}: {reason}")
-        else:
-            absent[name] = reason
-    return [*always, *chosen], absent
+    named = [] if list(words) == ["none"] else [word for word in words if word != "auto"]
+    wanted = (*(OTHERS if "auto" in words else ()), *named)
+    absent = {name: why for name in wanted if (why := _missing(name, device))}
+    for name in named:
+        if name in absent:
+            raise OptionError("bench", "--peers", repr(name), f"auto, none, or of {', '.join(OTHERS)}: {absent[name]}")
+    own = [name for name in (OURS, TOKEN_LOOP) if device in PEERS[name].devices]
+    return [*own, *dict.fromkeys(name for name in wanted if name not in absent)], absent
 
 
-def _missing(name: str, device: str) -> str | None:
-    """Why an adapter can't run, if it can't."""
-    if "." not in name and name not in KNOWN:
+def _missing(name: str, device: str) -> str:
+    """Why a peer can't run, "" if it can."""
+    if name not in OTHERS:
         return "there is no such adapter"
-    try:
-        adapter = load(name)
-    except ImportError as error:
-        return f"its adapter cannot be imported ({error})"
-    if adapter.PACKAGE is not None and find_spec(adapter.PACKAGE) is None:
+    if find_spec(PEERS[name].package) is None:
         return "it is not installed"
-    return None if device in adapter.DEVICES else f"it does not run on {device}"
+    return "" if device in PEERS[name].devices else f"it does not run on {device}"
 
 
 def version_of(name: str) -> str:
-    """The installed version of a peer, "" if it has none."""
-    distribution = load(name).DISTRIBUTION
+    """The installed version of a contender, "" if it has none."""
     try:
-        return "" if distribution is None else version(distribution)
+        return version(PEERS[name].distribution)
     except PackageNotFoundError:
         return ""

@@ -15,29 +15,28 @@ import torch
 from gated_delta import reference
 from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
-from gated_delta.bench.peers import Bound, Contender, returning
-
-PACKAGE = "fla"
-DISTRIBUTION = "fla-core"
-DEVICES = ("cpu", "cuda")
+from gated_delta.bench.peers import Bound, returning
 
 os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")  # its own kernels, not FlashQLA's, which stand apart
+RULE = "fla.ops.gated_delta_rule"
 
 
-def contenders(case: Case, device: str) -> list[Contender]:
-    if device == "cpu":
-        same = len(set(case.lengths)) == 1
-        naive = case.operation == "prefill" and same
-        return [Contender("fla (torch)", partial(_naive, case))] if naive else []
+def bind(case: Case, x: Inputs) -> Bound | None:
+    if not on_gpu(x):
+        return torch_reference(lambda: import_module(f"{RULE}.naive").naive_chunk_gated_delta_rule, case, x)
     if case.operation == "prefill":
-        return [Contender("fla", _prefill)]
+        return chunked(import_module(RULE).chunk_gated_delta_rule, x)
     if case.operation == "norm":
-        return [Contender("fla", _norm)]
+        norm = import_module("fla.modules.norm.fused_norm_gate").rms_norm_gated
+        call = partial(norm, x["x"], x["z"], x["weight"], None, activation="swish", eps=1e-6)
+        return returning(lambda: (call(),), lambda y: {"output": y})
     if case.operation == "conv" and case.form == "prefill":
-        return [Contender("fla", _conv)]
-    if case.form in ("V-major", "K-major", "final") and case.state == "fp32":
-        return [Contender("fla", partial(_recurrent, case))]
-    return []
+        return _conv(x)
+    return _recurrent(case, x) if case.form in ("V-major", "K-major", "final") and case.state == "fp32" else None
+
+
+def on_gpu(x: Inputs) -> bool:
+    return any(isinstance(y, torch.Tensor) and y.is_cuda for y in x.values())
 
 
 def chunked(operator: Callable[..., Any], x: Inputs) -> Bound:
@@ -50,19 +49,13 @@ def chunked(operator: Callable[..., Any], x: Inputs) -> Bound:
     return returning(call, lambda output, state: {"output": output[0], "state": state})
 
 
-def _prefill(x: Inputs) -> Bound:
-    return chunked(import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule, x)
-
-
 def _recurrent(case: Case, x: Inputs) -> Bound:
-    operators = import_module("fla.ops.gated_delta_rule")
-    call = partial(
-        operators.fused_recurrent_gated_delta_rule, x["q"], x["k"], x["v"], g=x["a"], beta=x["b"],
-        A_log=x["A_log"], dt_bias=x["dt_bias"], use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-        use_qk_l2norm_in_kernel=True, initial_state=x["state"], output_final_state=True,
-        state_v_first=case.form != "K-major",
-    )  # fmt: skip
     turned = case.form == "K-major"
+    call = partial(
+        import_module(RULE).fused_recurrent_gated_delta_rule, x["q"], x["k"], x["v"], g=x["a"], beta=x["b"],
+        A_log=x["A_log"], dt_bias=x["dt_bias"], use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        use_qk_l2norm_in_kernel=True, initial_state=x["state"], output_final_state=True, state_v_first=not turned,
+    )  # fmt: skip
     return returning(call, lambda o, state: {"output": o, "state": state.transpose(-1, -2) if turned else state})
 
 
@@ -75,18 +68,14 @@ def _conv(x: Inputs) -> Bound:
     return returning(call, lambda y, state: {"output": y[0], "state": state[..., 1:]})
 
 
-def _norm(x: Inputs) -> Bound:
-    norm = import_module("fla.modules.norm.fused_norm_gate").rms_norm_gated
-    call = partial(norm, x["x"], x["z"], x["weight"], None, activation="swish", eps=1e-6)
-    return returning(lambda: (call(), None), lambda y, _: {"output": y})
-
-
-def _naive(case: Case, x: Inputs) -> Bound:
-    """Its chunked torch reference: equal sequences as a batch, q and k repeated to the heads of v."""
-    rows = len(case.lengths)
+def torch_reference(load: Callable[[], Callable[..., Any]], case: Case, x: Inputs) -> Bound | None:
+    """FLA's prefill by chunks in torch, whose signature Transformers shares: equal sequences as a batch, q and k
+    repeated to the heads of v, states ``[K, V]``.
+    """
+    if case.operation != "prefill" or len(set(case.lengths)) > 1:
+        return None
     q, k = (reference.expand_heads(x[name], case.heads.hv) for name in "qk")
-    given = [y.unflatten(0, (rows, -1)) for y in (q, k, x["v"], x["log_alpha"], x["beta"])]
-    operator = import_module("fla.ops.gated_delta_rule.naive").naive_chunk_gated_delta_rule
+    given = (y.unflatten(0, (len(case.lengths), -1)) for y in (q, k, x["v"], x["log_alpha"], x["beta"]))
     initial = x["initial_state"].transpose(-1, -2).contiguous()
-    call = partial(operator, *given, initial_state=initial, output_final_state=True)
+    call = partial(load(), *given, initial_state=initial, output_final_state=True)
     return returning(call, lambda o, state: {"output": o.flatten(0, 1), "state": state.transpose(-1, -2)})

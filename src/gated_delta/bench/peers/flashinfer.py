@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
 from importlib import import_module
 
 from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
-from gated_delta.bench.peers import Bound, Contender
-from gated_delta.bench.peers.ours import (
-    RECURRENT,
-    decode_with,
-    prefill_with,
-    recurrent_results,
-    verify_options,
-    verify_with,
-)
-
-PACKAGE = "flashinfer"
-DISTRIBUTION = "flashinfer-python"
-DEVICES = ("cuda",)
+from gated_delta.bench.peers import Bound, ours
 
 
-def contenders(case: Case, device: str) -> list[Contender]:
-    if (case.heads.k, case.heads.v) != (128, 128):
-        return []
-    bind = {"prefill": _prefill, "decode": _decode, "verify": _verify}.get(case.operation)
-    served = case.operation == "prefill" or (
-        case.state == "fp32" or (case.state == "bf16" and case.form not in ("K-major", "slots"))
-    )
-    return [Contender("flashinfer", partial(bind, case))] if bind is not None and served else []
-
-
-def _prefill(case: Case, x: Inputs) -> Bound:
-    return prefill_with(import_module("flashinfer.gdn_prefill"), case, x)
-
-
-def _decode(case: Case, x: Inputs) -> Bound:
-    return decode_with(import_module("flashinfer.gdn_decode"), case, x)
-
-
-def _verify(case: Case, x: Inputs) -> Bound:
+def bind(case: Case, x: Inputs) -> Bound | None:
     """Its operator for several tokens takes fp32 states; bf16 ones go through the decode operator."""
-    gdn_decode = import_module("flashinfer.gdn_decode")
-    if case.state == "fp32":
-        return verify_with(gdn_decode, case, x)
-    given = {name: x[name] for name in (*RECURRENT, "output")}
-    call = partial(gdn_decode.gated_delta_rule_decode_pretranspose, **given, state=None, **verify_options(case, x))
-    return Bound(call, lambda: recurrent_results(case, x, x["output"]))
+    if case.heads[2:] != (128, 128):
+        return None
+    if case.operation == "prefill":
+        return ours.prefill(import_module("flashinfer.gdn_prefill").chunk_gated_delta_rule, case, x)
+    bf16 = case.state == "bf16" and case.form not in ("K-major", "slots")
+    if case.operation not in ("decode", "verify") or not (case.state == "fp32" or bf16):
+        return None
+    operators = import_module("flashinfer.gdn_decode")
+    if case.operation == "verify" and bf16:
+        return ours.recurrent(operators.gated_delta_rule_decode_pretranspose, case, x, state=None)
+    return ours.recurrent(ours.operator_of(operators, case), case, x)

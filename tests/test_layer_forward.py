@@ -130,7 +130,7 @@ def test_forward(scenario: Callable[[Engine], None], num_spec: int, variant: str
 
 
 def test_which_operator_serves_which_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decodes take one-token steps beside prefills too, speculative rows one step for all of them; no other row does."""
+    """Decodes take one-token steps beside prefills too, speculative rows one for all of them; no other row does."""
     served: list[tuple[str, int]] = []
     for name in ("gated_delta_net_step", "chunk_gated_delta_rule"):
         run: Any = getattr(layers, name)

@@ -216,7 +216,7 @@ def test_a_batch_wider_than_the_pool_is_refused() -> None:
     layer = GatedDeltaNetAttention(config(head_k_dim=32, head_v_dim=32)).requires_grad_(False)
     state = StatePool(layer.config, layers=1, slots=5, num_spec=1).layer(0)
     batch = GatedDeltaNetBatch.build([SpecRow(2, [0, 1, 2, 3, 4], 1)], num_spec=4)
-    with pytest.raises(ShapeError, match=r"state_indices is of 5 columns; it must be of at most 2"):
+    with pytest.raises(ShapeError, match=r"spec_state_indices is of 5 columns; it must be of at most 2"):
         layer(torch.zeros(2, 64), batch, state)
 
 

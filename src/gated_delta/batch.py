@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gated_delta.errors import OptionError
+from gated_delta.validation.arguments import INDICES, Arguments
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class GatedDeltaNetBatch:
     Without speculative rows, decodes (one token, with history) come first, then prefills. With them, every other row
     counts as a prefill, and tokens stand anywhere: the two index tensors say where. Tokens behind
     ``num_actual_tokens`` are padding.
+
+    Raises:
+        OptionError: counts that contradict each other, or rows without their tensors.
+        ShapeError: a tensor that does not fit the counts.
+        DtypeError: one that is no index. DeviceError: one on another device than the rest.
     """
 
     num_prefills: int
@@ -66,6 +72,41 @@ class GatedDeltaNetBatch:
     """``[non-spec tokens]``"""
     num_accepted_tokens: Tensor | None = None
     """``[spec rows]``, at least 1"""
+
+    def __post_init__(self) -> None:
+        args = Arguments("GatedDeltaNetBatch")
+        rows, spec = self.num_decodes + self.num_prefills, self.num_spec_decodes
+        for name, count in vars(self).items():
+            if name.startswith("num_") and isinstance(count, int):
+                args.whole(name, count, least=0)
+        if self.num_decode_tokens != self.num_decodes:
+            must = f"num_decodes={self.num_decodes}, a token each"
+            raise OptionError(args.where, "num_decode_tokens", self.num_decode_tokens, must)
+        if spec and self.num_decodes:
+            must = "0 beside speculative rows, where rows of one token count as prefills"
+            raise OptionError(args.where, "num_decodes", self.num_decodes, must)
+        total = self.num_decode_tokens + self.num_prefill_tokens + self.num_spec_decode_tokens
+        if total > self.num_actual_tokens:
+            must = f"at least {total}, the tokens of all rows"
+            raise OptionError(args.where, "num_actual_tokens", self.num_actual_tokens, must)
+        args.sizes = {"rows": rows, "spec": spec, "P": total - self.num_spec_decode_tokens}
+        args.sizes["S"] = self.num_spec_decode_tokens
+        args.bound_by = {"rows": "num_decodes + num_prefills", "spec": "num_spec_decodes", "P": "the counts of tokens"}
+        args.bound_by["S"] = "num_spec_decode_tokens"
+        mixed = spec > 0 and rows > 0
+        for name, shape, needed in (
+            ("non_spec_query_start_loc", "rows+1", rows),
+            ("non_spec_state_indices", "rows", rows),
+            ("spec_query_start_loc", "spec+1", spec),
+            ("spec_state_indices", "spec *", spec),
+            ("num_accepted_tokens", "spec", spec),
+            ("non_spec_token_index", "P", mixed),
+            ("spec_token_index", "S", mixed),
+        ):
+            if needed:
+                args.tensor(name, getattr(self, name), shape, INDICES, any_stride=True)
+        if rows:
+            args.optional("has_initial_state", self.has_initial_state, "rows", (torch.bool,), any_stride=True)
 
     @classmethod
     def build(

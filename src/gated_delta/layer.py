@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gated_delta import reference
-from gated_delta.batch import GatedDeltaNetBatch
+from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d
 from gated_delta.errors import ShapeError
@@ -189,8 +189,52 @@ class GatedDeltaNetAttention(nn.Module):
         if not torch.compiler.is_compiling() and self._probed != id(self.out_proj):
             self._apply_to("out_proj", hidden.new_zeros(1, self.config.value_dim), self.config.hidden_size)
             self._probed = id(self.out_proj)
+        c = self.config
+        args.sizes |= {"D": c.conv_dim, "HV": c.num_v_heads, "V": c.head_v_dim, "K": c.head_k_dim}
+        args.bound_by |= dict.fromkeys(("D", "HV", "V", "K"), "the layer's config")
+        args.tensor("state.conv", state.conv, "P D C", FLOATS, any_stride=True, written=True)
+        args.tensor("state.recurrent", state.recurrent, "P HV V K", FLOATS, written=True)
+        most = args.sizes["C"] - c.conv_width + 2
+        if batch.num_spec_decodes and batch.spec_state_indices is not None and batch.spec_state_indices.shape[1] > most:
+            was, must = f"of {batch.spec_state_indices.shape[1]} columns", f"of at most {most}, as state.conv allows"
+            raise ShapeError(args.where, "spec_state_indices", was, must)
         if data.is_checked():
             data.batch_slots(batch, state)
+
+    @torch.no_grad()
+    def warmup(self, state: LayerState, *, max_batch: int = 256) -> None:
+        """Run what a step can be, over rows of padding: kernels compile and load, and no state changes.
+
+        Afterwards no step of up to ``max_batch`` rows compiles anything. :func:`gated_delta.warmup` compiles most of it
+        before, in several processes.
+
+        Args:
+            state: a layer of the pool that will be used; how its memory lies decides what is compiled.
+            max_batch: rows that decode or speculate together at most.
+
+        Raises:
+            OptionError: ``max_batch`` is below 1.
+        """
+        Arguments("GatedDeltaNetAttention.warmup").whole("max_batch", max_batch, least=1)
+        weight = self.dt_bias
+        num_spec = state.conv.shape[-1] - self.config.conv_width + 1
+
+        def run(rows: Sequence[Row | SpecRow]) -> None:
+            batch = GatedDeltaNetBatch.build(rows, num_spec=num_spec, device=weight.device)
+            self(weight.new_zeros(batch.num_actual_tokens, self.config.hidden_size), batch, state)
+
+        for rows in range(1, max_batch + 1):
+            run([Row(1, -1)] * rows)
+            if num_spec:
+                run([SpecRow(num_spec + 1, [-1] * (num_spec + 1), 1)] * rows)
+        # Prefills of one chunk and of more, of so many sequences that their states fill 256 processors. Behind a decode
+        # indices do not begin at a multiple of 16 bytes.
+        for rows in range(1, 256 * 64 // self.config.value_dim + 3):
+            for length in (16, 70):
+                for decodes in (0, 1):
+                    run([Row(1, -1)] * decodes + [Row(length, -1, fresh=True)] * rows)
+        if num_spec:
+            run([SpecRow(1, [-1], 1), Row(70, -1, fresh=True)])
 
     def _plain_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         """Decodes, then prefills, each with the operator made for it; ``output`` is ``[tokens, HV, V]``."""

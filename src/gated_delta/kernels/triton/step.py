@@ -89,8 +89,12 @@ def _keep(states, column, window, x, x_token, count, back, inside, W: tl.constex
         tl.store(states + (back + t + W - 2).to(tl.int64) * column, new, mask=one)
 
 
-@triton.jit(do_not_specialize=["scale", "eps", "null_slot", "slots_row", "slots_column", "cu_stride", "accepted_stride",
-                               "w_tap", "N", "L"])  # fmt: skip
+_SCALARS = ["scale", "eps", "null_slot", "slots_row", "slots_column", "cu_stride", "accepted_stride", "w_tap", "N", "L"]
+_SINGLE = ["b", "a", "A_log", "dt_bias", "slots", "tickets", "cu", "accepted"]
+"""Pointers to single numbers: how they are aligned changes nothing."""
+
+
+@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SINGLE)
 def step_kernel(
     q, k, v, z, b, a, conv, weight, state, A_log, dt_bias, norm, output, slots, tickets, cu, accepted,
     scale, eps, null_slot, slots_row, slots_column, cu_stride, accepted_stride, q_token, q_head, k_token, k_head,

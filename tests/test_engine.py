@@ -268,9 +268,8 @@ class WritesPadding(GatedDeltaNetAttention):
     def _plain_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         assert batch.non_spec_state_indices is not None
         wrapped = batch.non_spec_state_indices % len(state.conv)
-        kept = output.clone()
         super()._plain_rows(p, replace(batch, non_spec_state_indices=wrapped), state, output)
-        output[: batch.num_decodes][batch.non_spec_state_indices[: batch.num_decodes] < 0] = kept[0]
+        output[: batch.num_decodes][batch.non_spec_state_indices[: batch.num_decodes] < 0] = 0.0
 
 
 FAULTS = (ForgetsGates, RightAligned, ReadsStaleSlots, OneSlotOff, WritesPadding)

@@ -85,7 +85,7 @@ class GatedDeltaNetBatch:
         if spec and self.num_decodes:
             must = "0 beside speculative rows, where rows of one token count as prefills"
             raise OptionError(args.where, "num_decodes", self.num_decodes, must)
-        total = self.num_decode_tokens + self.num_prefill_tokens + self.num_spec_decode_tokens
+        total = self.num_row_tokens
         if total > self.num_actual_tokens:
             must = f"at least {total}, the tokens of all rows"
             raise OptionError(args.where, "num_actual_tokens", self.num_actual_tokens, must)
@@ -107,6 +107,11 @@ class GatedDeltaNetBatch:
                 args.tensor(name, getattr(self, name), shape, INDICES, any_stride=True)
         if rows:
             args.optional("has_initial_state", self.has_initial_state, "rows", (torch.bool,), any_stride=True)
+
+    @property
+    def num_row_tokens(self) -> int:
+        """Tokens that belong to rows."""
+        return self.num_decode_tokens + self.num_prefill_tokens + self.num_spec_decode_tokens
 
     @classmethod
     def build(

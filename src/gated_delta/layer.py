@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gated_delta import reference
@@ -161,7 +162,8 @@ class GatedDeltaNetAttention(nn.Module):
         self._judge(hidden, batch, state)
         p = self.project(hidden[:actual])
         c, like = self.config, p.outputs[0]
-        normed = like.new_zeros(actual, c.num_v_heads, c.head_v_dim)
+        make = like.new_empty if batch.num_row_tokens == actual else like.new_zeros
+        normed = make(actual, c.num_v_heads, c.head_v_dim)
         if batch.num_spec_decodes == 0:
             self._plain_rows(p, batch, state, normed)
         elif batch.num_prefills == 0:
@@ -172,12 +174,11 @@ class GatedDeltaNetAttention(nn.Module):
                 (self._spec_rows, batch.spec_token_index),
                 (self._plain_rows, batch.non_spec_token_index),
             ):
-                part = torch.zeros_like(normed[tokens])
+                part = normed.new_empty(len(tokens), *normed.shape[1:])
                 run(p.of(tokens), batch, state, part)
                 normed[tokens] = part
-        output = hidden.new_zeros(hidden.shape)
-        output[:actual] = self.parallel.total(self.out_proj(normed.flatten(1)))
-        return output
+        output = self.parallel.total(self.out_proj(normed.flatten(1)))
+        return output if actual == len(hidden) else F.pad(output, (0, 0, 0, len(hidden) - actual))
 
     def _judge(self, hidden: Tensor, batch: GatedDeltaNetBatch, state: LayerState) -> None:
         """What would otherwise be found when a part of the states has been written."""
@@ -286,15 +287,16 @@ class GatedDeltaNetAttention(nn.Module):
             p.qkv, self.conv1d.weight[:, 0], conv_states=state.conv, cu_seqlens=starts, state_indices=slots,
             has_initial_state=has_initial_state, null_slot=state.null_slot,
         )  # fmt: skip
-        chunk_gated_delta_rule(
+        core = chunk_gated_delta_rule(
             *self.split_heads(x),
             reference.decay(self.A_log, heads.a.flatten(1), self.dt_bias),
             reference.write_strength(heads.b.flatten(1), allow_neg_eigval=c.allow_neg_eigval),
             initial_state=state.recurrent, output_state=state.recurrent, cu_seqlens=starts,
-            use_qk_l2norm_in_kernel=True, output=output, state_indices=slots, has_initial_state=has_initial_state,
+            use_qk_l2norm_in_kernel=True, state_indices=slots, has_initial_state=has_initial_state,
             null_slot=state.null_slot,
         )  # fmt: skip
-        rms_norm_gated(output, heads.z.flatten(1, 2), self.norm.weight, c.norm_eps, c.output_gate, output=output)
+        assert isinstance(core, Tensor)
+        rms_norm_gated(core, heads.z.flatten(1, 2), self.norm.weight, c.norm_eps, c.output_gate, output=output)
 
     def evaluate(self, hidden: Tensor, *, token_by_token: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
         """The layer in plain torch over whole sequences ``[B, T, hidden]`` that start from nothing.

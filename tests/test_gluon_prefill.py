@@ -343,3 +343,12 @@ def test_parts_with_padding_and_checkpoints(part: int) -> None:
     plain = oracle.prefill(**logical, dtype=torch.float32, operands=torch.bfloat16).kept
     exact = oracle.prefill(**logical).kept
     assert_within_budget("checkpoints", stored.view[1:6].cpu(), torch.stack(plain), torch.stack(exact))
+
+
+@pytest.mark.xfail(strict=False, reason="parts follow from the batch, and the states between them have other bits")
+def test_parts_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a sequence's bits would hang on the batch, and a checkpoint would not be the final state of a prefix."""
+    inputs = small([256], gates="weak")
+    whole = run(inputs)
+    monkeypatch.setattr(host, "part_length", lambda *_: 128)
+    assert all(same_bits(x, y) for x, y in zip(whole, run(inputs), strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from rich.console import Console
 
 from gated_delta.bench import cases, floors, machine, peers, reading, records, report, timing
 from gated_delta.bench.cases import Case, Heads
-from gated_delta.bench.compare import compare
 from gated_delta.bench.records import Row
 from gated_delta.errors import OptionError
 
@@ -237,29 +235,29 @@ def test_units() -> None:
 def compared(before: list[Row], after: list[Row]) -> list[str]:
     console = Console(width=150)
     with console.capture() as shown:
-        console.print(compare(before, after, 0.03))
+        console.print(report.compared(before, after, 0.03))
     return [" ".join(line.replace("│", " ").split()) for line in shown.get().splitlines()]
 
 
 def test_a_comparison_finds_what_got_slower() -> None:
     before = [row("same", us=100), row("slow", us=100), row("fast", us=100), row("short", us=2), row("gone", us=5)]
     after = [row("same", us=101), row("slow", us=130), row("fast", us=50), row("short", us=3), row("new", us=5)]
-    before = [replace(each, commit="aaa", device="GPU") for each in before]
-    after = [replace(each, commit="bbb", device="GPU") for each in after]
     found = compared(before, after)
-    assert [line.split()[1] for line in found if line.startswith("prefill")] == ["short", "slow", "fast"]
+    assert [line.split()[1] for line in found if "%" in line and line.startswith("prefill")] == [
+        "short",
+        "slow",
+        "fast",
+    ]
     assert "prefill slow gated-delta 100.0 130.0 +30.0 %" in found
-    assert found[-5:] == [
-        "commit: aaa before, bbb after",
-        "only before: 1 times, such as prefill gone gated-delta",
-        "only after: 1 times, such as prefill new gated-delta",
+    assert found[-3:] == [
+        "1 times only before, 1 only after",
         "gated-delta: 2 of 4 cases slower by more than 3%, 1 faster; geometric mean -0.4 %",
         "largest change of a case over 20 us: -50.0 % (prefill fast gated-delta)",
     ]
 
 
 def test_a_comparison_of_nothing() -> None:
-    assert compared([row("a", us=None, status="failed")], [row("a")])[-1] == "no case of gated-delta was timed in both"
+    assert compared([row("a", us=None, status="failed")], [row("a")]) == ["0 times only before, 1 only after"]
 
 
 def test_facts_of_this_machine() -> None:
@@ -267,8 +265,14 @@ def test_facts_of_this_machine() -> None:
     assert found["torch"] == torch.__version__
     assert "CPU" in found["device"]
     assert set(found) <= set(Row.__dataclass_fields__)
-    assert machine.latest("210, 70.1\n1980, 312.45\n19") == {"sm_mhz": 1980.0, "watts": 312.45}
-    assert machine.latest("[N/A], 75\n") == {"watts": 75.0}
-    assert machine.latest("") == {}
-    with machine.clocks("cpu") as now:
-        assert now() == {}
+    assert machine.clocks("cpu") == {}
+
+
+def test_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, found in (
+        ("1980, 312.45", {"sm_mhz": 1980.0, "watts": 312.45}),
+        ("[N/A], 75", {"watts": 75.0}),
+        ("", {}),
+    ):
+        monkeypatch.setattr(machine, "_asked", lambda what, said=said: said)
+        assert machine.clocks("cuda") == found

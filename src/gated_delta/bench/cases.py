@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from gated_delta.errors import OptionError
 from gated_delta.validation.arguments import HEAD_SIZES
 
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,7 +63,7 @@ SEQUENCES = (*_WORDS.split(), "1x4096", "1x16384", "1x65536", *RAGGED)
 
 def parse_sequences(word: str) -> tuple[int, ...]:
     """Lengths of ``1x8192`` (one of 8192), ``2048x4`` (four of 2048; the length stands first unless the sequence is
-    alone), ``28672+4096`` or a name of :data:`RAGGED`.
+    alone), ``28672+4096`` or a name of :data:`RAGGED`. Raises ValueError with what the word must be.
     """
     lengths: tuple[int, ...] = RAGGED.get(word, ())
     if re.fullmatch(r"\d+x\d+", word):
@@ -73,19 +72,24 @@ def parse_sequences(word: str) -> tuple[int, ...]:
     elif re.fullmatch(r"\d+(\+\d+)*", word):
         lengths = tuple(map(int, word.split("+")))
     if min(lengths, default=0) < 1:
-        must = f"like 1x8192 (one of 8192), 2048x4 (four of 2048), 28672+4096, or one of {', '.join(RAGGED)}"
-        raise OptionError("bench", "--seqs", repr(word), must)
+        raise ValueError(f"like 1x8192 (one of 8192), 2048x4 (four of 2048), 28672+4096, or one of {', '.join(RAGGED)}")
     return lengths
 
 
+def checked_sequences(word: str) -> str:
+    """The same word, once it is known that it can be read."""
+    return word if parse_sequences(word) else ""
+
+
 def parse_heads(word: str) -> Heads:
-    """``16/32``, or with head sizes ``16/32@64/128``; the sizes of a known layout are those of its model."""
+    """``16/32``, or with head sizes ``16/32@64/128``; the sizes of a known layout are those of its model. Raises
+    ValueError with what the word must be.
+    """
     match = re.fullmatch(r"(\d+)/(\d+)(?:@(\d+)/(\d+))?", word)
     heads = Heads(*(int(x) for x in match.groups() if x)) if match else Heads(0, 0)
     if heads.h < 1 or heads.hv < 1 or heads.hv % heads.h or not {heads.k, heads.v} <= {*HEAD_SIZES}:
         sizes = ", ".join(map(str, HEAD_SIZES))
-        must = f"like 16/32 (q and k heads / v heads, a multiple), or 16/32@64/128 with head sizes among {sizes}"
-        raise OptionError("bench", "--heads", repr(word), must)
+        raise ValueError(f"like 16/32 (q and k heads / v heads, a multiple), or 16/32@64/128 with sizes among {sizes}")
     return heads if "@" in word else next((known for known in MODELS if known[:2] == heads[:2]), heads)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,7 +16,6 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from typer.core import TyperGroup
 
 from gated_delta.bench import cases, machine, peers, plots, records, report
-from gated_delta.bench.compare import compare
 from gated_delta.bench.run import Bench
 from gated_delta.bench.soak import soak
 from gated_delta.errors import OptionError
@@ -42,35 +41,27 @@ app = typer.Typer(
 console = Console() if sys.stdout.isatty() else Console(width=150)
 
 
-def parsed(text: str, option: str, parse: Callable[[str], T], every: Sequence[T] = ()) -> list[T]:
-    """The parts between commas of an option, each parsed; ``every`` for "all". Nothing for an option not given."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if text and not words:
-        raise OptionError("bench", option, repr(text), "at least one, with commas between several")
-    return list(every) if every and words == ["all"] else [parse(word) for word in words]
+def parsed(text: str, option: str, parse: Callable[[str], T]) -> list[T]:
+    """The parts between commas, each parsed; ``parse`` raises ValueError with what a part must be."""
+    found = []
+    for word in filter(None, text.replace(" ", "").split(",")):
+        try:
+            found.append(parse(word))
+        except ValueError as error:
+            raise OptionError("bench", option, repr(word), str(error)) from error
+    return found
 
 
-def among(text: str, option: str, allowed: Sequence[str]) -> list[str]:
-    words = parsed(text, option, str)
-    for word in words:
-        if word not in allowed:
-            raise OptionError("bench", option, repr(word), f"of {', '.join(allowed)}")
-    return words
+def among(allowed: Iterable[T], must: str = "") -> Callable[[str], T]:
+    """A parser of words that are written as one of ``allowed`` is."""
+    meaning = {str(value): value for value in allowed}
 
+    def parse(word: str) -> T:
+        if word not in meaning:
+            raise ValueError(must or f"of {', '.join(meaning)}")
+        return meaning[word]
 
-def counts(text: str, option: str, most: int) -> list[int]:
-    words = parsed(text, option, str)
-    for word in words:
-        if not word.isdecimal() or not 1 <= int(word) <= most:
-            raise OptionError("bench", option, repr(word), f"a whole number in [1, {most}]")
-    return [int(word) for word in words]
-
-
-def sequences_of(text: str) -> list[str]:
-    words = parsed(text, "--seqs", str, cases.SEQUENCES)
-    for word in words:
-        cases.parse_sequences(word)
-    return words
+    return parse
 
 
 @app.command("run")
@@ -99,14 +90,17 @@ def run_command(
 
     place = pick_device(device)
     if soak_:
-        with _bar(soak_) as (advance, tell):
-            fine = soak(soak_, torch.device(place), advance, tell)
+        with _bar(soak_) as advance:
+            fine = soak(soak_, torch.device(place), advance, _say)
         raise typer.Exit(0 if fine else 1)
+    layouts, every = ",".join(map(str, cases.MODELS)), ",".join(cases.SEQUENCES)
     chosen = cases.select(
-        among(",".join(groups or cases.DEFAULT_GROUPS), "GROUP", cases.GROUPS),
-        heads=parsed(heads, "--heads", cases.parse_heads, list(cases.MODELS)), sequences=sequences_of(seqs),
-        batches=counts(batch, "--batch", 1 << 20), tokens=counts(tokens, "--tokens", 64),
-        states=among(state, "--state", tuple(cases.STATES)), gates=among(gates, "--gates", cases.GATES),
+        parsed(",".join(groups or cases.DEFAULT_GROUPS), "GROUP", among(cases.GROUPS)),
+        heads=parsed(layouts if heads == "all" else heads, "--heads", cases.parse_heads),
+        sequences=parsed(every if seqs == "all" else seqs, "--seqs", cases.checked_sequences),
+        batches=parsed(batch, "--batch", among(range(1, 65536), "a whole number in [1, 65535]")),
+        tokens=parsed(tokens, "--tokens", among(range(1, 65), "a whole number in [1, 64]")),
+        states=parsed(state, "--state", among(cases.STATES)), gates=parsed(gates, "--gates", among(cases.GATES)),
         quick=quick, small=place == "cpu",
     )  # fmt: skip
     contenders, absent = peers.choose(parsed(peers_, "--peers", str), place)
@@ -115,19 +109,17 @@ def run_command(
     if place == "cpu":
         console.print("On the CPU: smaller cases than on a GPU unless named, and times that show the order only.")
     absentees = [records.Row(records.ABSENT, name, name, "absent", note=why) for name, why in absent.items()]
-    with _bar(len(chosen)) as (advance, tell):
-
-        def done() -> None:
+    rows = absentees
+    jobs = 0 if place == "cpu" else min(MOST_JOBS, os.cpu_count() or 1)
+    bench = Bench(place, contenders, chosen, machine.facts(place), limit, jobs, _say)
+    with _bar(len(chosen)) as advance:
+        for found in bench.run():
             advance()
+            rows = [*found, *absentees]
             if out is not None:  # a run that is cut off leaves what it has
-                records.write(out / "bench.csv", [*bench.rows(), *absentees])
-
-        jobs = 0 if place == "cpu" else min(MOST_JOBS, os.cpu_count() or 1)
-        bench = Bench(place, contenders, chosen, machine.facts(place), limit, jobs, done, tell)
-        rows = [*bench.run(), *absentees]
+                records.write(out / "bench.csv", rows)
     console.print(report.tables(rows))
     if out is not None:
-        records.write(out / "bench.csv", rows)
         _say(f"written: {out / 'bench.csv'}")
         _draw(rows, out)
 
@@ -140,12 +132,12 @@ def _make_folder(out: Path) -> None:
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
-    """Progress over cases: a function that moves it on, and one that prints a line above it."""
+def _bar(total: int) -> Iterator[Callable[[], None]]:
+    """Progress over cases: a function that moves it on."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("measuring", total=total)
-        yield lambda: bar.advance(task), _say
+        yield lambda: bar.advance(task)
 
 
 def _say(line: str) -> None:
@@ -182,4 +174,4 @@ def compare_command(
     threshold: Annotated[float, typer.Option(min=0, help="Per cent of change that is shown.")] = 3.0,
 ) -> None:
     """What got slower, or faster, from one run to another."""
-    console.print(compare(records.read(before), records.read(after), threshold / 100))
+    console.print(report.compared(records.read(before), records.read(after), threshold / 100))

@@ -10,7 +10,7 @@ import torch
 
 from gated_delta.bench.cases import MODELS, NO_MODEL, STATES, STEPS, Case
 from gated_delta.bench.records import CEILINGS, Row
-from gated_delta.bench.timing import Call, cache_bytes, in_turns, prepare
+from gated_delta.bench.timing import Call, cache_bytes, in_turns, timer
 
 CHUNK = 64
 """Tokens a chunk in the count of a prefill's operations."""
@@ -53,8 +53,13 @@ def measure(device: torch.device) -> Iterator[Row]:
         yield _bandwidth(f"in-place {mib} MiB", 2 * x.nbytes, calls, device)
     yield _bandwidth("write", x.nbytes, [partial(x.fill_, 1.5)], device)
     x.normal_()
-    reads = [_bandwidth("read", x.nbytes, [read], device) for read in _reads(x)]
-    yield min(reads, key=lambda row: row.us or 0.0)
+    sums = x.new_empty(x.numel() // 8192)
+    read: Call = partial(torch.sum, x.view(-1, 8192), 1, out=sums)
+    if gpu:
+        from gated_delta.bench.reading import read_all  # noqa: PLC0415
+
+        read = partial(read_all, x, sums)
+    yield _bandwidth("read", x.nbytes, [read], device)
 
 
 def _bandwidth(name: str, nbytes: int, calls: Sequence[Call], device: torch.device) -> Row:
@@ -62,22 +67,10 @@ def _bandwidth(name: str, nbytes: int, calls: Sequence[Call], device: torch.devi
     return Row(CEILINGS, name, "machine", us=us, tb_s=nbytes / us / 1e6)
 
 
-def _reads(x: torch.Tensor) -> list[Call]:
-    """Ways to read a tensor and write next to nothing; the fastest counts."""
-    rows = x.view(-1, 8192)
-    sums, vector = rows.new_empty(len(rows)), rows.new_ones(8192)
-    calls: list[Call] = [partial(torch.sum, rows, 1, out=sums), partial(torch.mv, rows, vector, out=sums)]
-    if x.is_cuda:
-        from gated_delta.bench.reading import read_all  # noqa: PLC0415
-
-        calls.append(partial(read_all, x, sums))
-    return calls
-
-
 def _time(calls: Sequence[Call], device: torch.device) -> float:
     for call in calls:
         call()
-    return in_turns({"": prepare(calls, device)}, device)[""].us
+    return in_turns({"": timer(calls, device)}, device)[""].us
 
 
 def ceilings(rows: Iterable[Row]) -> Ceilings:

@@ -157,15 +157,10 @@ def _finish(figure: Figure, axes: Sequence[Axes]) -> None:
     figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=4, frameon=False)
 
 
-def _plain_ticks(axis: Any) -> None:
-    """1, 2, 5, 10, ... instead of powers of ten."""
-    axis.set_major_formatter(lambda x, _: f"{x:g}")
-    axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-    axis.set_tick_params(which="minor", labelsize=8)
-
-
 def over_floor(group: str, rows: Sequence[Row]) -> Figure | None:
     """A line a case: the times of all contenders over its floor."""
+    from matplotlib.ticker import LogFormatter  # noqa: PLC0415
+
     if not rows:
         return None
     cases = list(cases_of(rows).items())
@@ -182,7 +177,8 @@ def over_floor(group: str, rows: Sequence[Row]) -> Figure | None:
         each.axvline(1, color="#888888", ls="--")
         each.set(xscale="log", xlabel="times the floor", ylim=(length - 0.4, -0.6))
         each.set_yticks(range(len(column)), [case for (_, case, _), _ in column], fontsize=8)
-        _plain_ticks(each.xaxis)
+        each.xaxis.set_major_formatter(LogFormatter())  # 1 and 10, not powers of ten
+        each.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
     _finish(figure, axes)
     return figure
 

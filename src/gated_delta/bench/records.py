@@ -13,14 +13,6 @@ from gated_delta.bench.cases import MODELS, NO_MODEL, Case
 from gated_delta.bench.peers import OURS
 from gated_delta.errors import OptionError
 
-STATUSES = {
-    "ok": "right, and timed",
-    "wrong": "its results are over the tolerance or not finite",
-    "failed": "it raised an exception",
-    "crashed": "it ended the process",
-    "hung": "it did not answer within the time limit",
-    "absent": "not installed, or not for this device",
-}
 CEILINGS, ABSENT = "ceilings", "absent"
 """Groups of the rows that describe the machine, and that name the peers which were not there."""
 
@@ -33,6 +25,8 @@ class Row:
     case: str
     contender: str
     status: str = "ok"
+    """"ok": right, and timed. "wrong": results over the tolerance or not finite. "failed": an exception. "crashed": it
+    ended the process. "hung": no answer within the time limit. "absent": not installed, or not for this device."""
     us: float | None = None
     """median of the replays"""
     p10: float | None = None
@@ -62,8 +56,6 @@ class Row:
     gates: str = ""
     bytes: int | None = None
     operations: int | None = None
-    sets: int | None = None
-    """sets of inputs that are rotated"""
     sm_mhz: float | None = None
     watts: float | None = None
     version: str = ""

@@ -1,4 +1,4 @@
-"""Rows as tables for the terminal."""
+"""Rows as tables for the terminal: of one run, and of what two have in common."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from gated_delta.bench.records import ABSENT, CEILINGS, Row, cases_of
 
 COMPUTE_BOUND = 150
 """Operations a byte from which a rate of operations says more than a bandwidth."""
+
+NOISE_US = 20.0
+"""Cases shorter than this vary too much to judge a few per cent."""
 
 
 def tables(rows: Sequence[Row]) -> Group:
@@ -111,3 +114,31 @@ def _troubles(rows: Iterable[Row]) -> Table:
     for row in rows:
         table.add_row(f"{row.group} {row.case}", row.contender, row.status, escape(row.note))
     return table
+
+
+def compared(before: Sequence[Row], after: Sequence[Row], threshold: float) -> Group:
+    """The times that changed by more than ``threshold`` (0.03 is 3 %), the most slowed down first, and what it all
+    comes to. Rows are matched by group, case, gates and contender.
+    """
+    old, new = ({row.key: row.us for row in rows if row.us} for rows in (before, after))
+    ratios = {key: new[key] / old[key] for key in old if key in new}
+    table = Table("group", "case", "gates", "contender", "before", "after", "", title="us a call", title_justify="left")
+    for key, ratio in sorted(ratios.items(), key=lambda pair: -pair[1]):
+        if abs(ratio - 1) > threshold:
+            change = f"[{'red' if ratio > 1 else 'green'}]{100 * (ratio - 1):+.1f} %[/]"
+            table.add_row(*key, number(old[key]), number(new[key]), change)
+    lines = [f"{len(old.keys() - new.keys())} times only before, {len(new.keys() - old.keys())} only after"]
+    ours = {key: ratio for key, ratio in ratios.items() if key[-1] == OURS}
+    if ours:
+        slower, faster = (sum(sign * (ratio - 1) > threshold for ratio in ours.values()) for sign in (1, -1))
+        mean = 100 * (geometric_mean(ours.values()) - 1)
+        lines.append(
+            f"{OURS}: {slower} of {len(ours)} cases slower by more than {threshold:.0%}, {faster} faster; "
+            f"geometric mean {mean:+.1f} %"
+        )
+    long = {key: 100 * (ratio - 1) for key, ratio in ours.items() if min(old[key], new[key]) >= NOISE_US}
+    if long:
+        largest = max(long, key=lambda key: abs(long[key]))
+        where = " ".join(filter(None, largest))
+        lines.append(f"largest change of a case over {NOISE_US:.0f} us: {long[largest]:+.1f} % ({where})")
+    return Group(*([table] if table.row_count else []), *lines)

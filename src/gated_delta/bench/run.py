@@ -1,4 +1,6 @@
-"""The parent: starts workers, outlives what kills or stops them, and keeps the rows that they make."""
+"""Measuring in a process of its own, the worker, which a peer may end or hang: it tells its parent every step before it
+takes it. The parent starts workers, outlives what kills or stops them, and keeps the rows that they send.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +9,180 @@ import multiprocessing
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import wait
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from gated_delta.bench import worker
+import torch
+
+from gated_delta.bench import check, floors, peers, timing
 from gated_delta.bench.cases import Case
+from gated_delta.bench.inputs import Inputs, make_sets
 from gated_delta.bench.machine import clocks
-from gated_delta.bench.peers import OURS
 from gated_delta.bench.records import Row, row_of, with_best_peer
-from gated_delta.bench.worker import MACHINE, Done, Plan, Step
 from gated_delta.errors import GatedDeltaError
 
+MACHINE = -1
+"""Stands for the number of a case where the machine itself is measured."""
+MOST_COMPILED_TOKENS = 32768
+"""Longer sequences need the same kernels, and many processes share the memory while they compile."""
 START_S = 90.0
 """Least time limit until a worker says its first word: it imports torch and finds the device."""
+
+
+class Step(NamedTuple):
+    """What a worker does from now on. After the steps of a case it sends the rows."""
+
+    number: int
+    """of the case"""
+    contender: str
+    """"" for what is nobody's"""
+    what: str
+
+
+@dataclass
+class Worker:
+    """What is to be measured, and the means to do it.
+
+    Args:
+        device: "cpu" or "cuda".
+        peers: contenders.
+        cases: with their numbers.
+        machine: the ceilings, if they have been measured.
+        left_out: operations, and contenders that do not do them.
+    """
+
+    device: str
+    peers: list[str]
+    cases: dict[int, Case]
+    machine: list[Row]
+    left_out: set[tuple[str, str]]
+    pipe: Connection | None = None
+    _number: int = MACHINE
+    _rows: dict[str, Row] = field(default_factory=dict)
+    """Of the case that is being measured."""
+
+    def measure(self) -> None:
+        """Every case, after the ceilings of the machine where they are not known yet."""
+        if not self.machine:
+            self._say("", "measuring the machine")
+            self.machine = list(floors.measure(torch.device(self.device)))
+            self._send(self.machine)
+        ceilings = floors.ceilings(self.machine)
+        for number, case in self.cases.items():
+            self._number, self._rows = number, {}
+            for name, times in self._time(case, self._ready(case)).items():
+                rates = floors.rates(case, times.us, ceilings) if case.group != "host" else {}
+                self._rows[name] = replace(self._rows[name], **times._asdict(), **rates)
+            self._send(list(self._rows.values()))
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def compile(self) -> None:
+        """Run every contender of every case once, so that what it compiles is on disk."""
+        for case in self.cases.values():
+            for name in self.peers if sum(case.lengths) <= MOST_COMPILED_TOKENS else ():
+                with contextlib.suppress(Exception):
+                    bound = peers.bind(name, case, make_sets(case, torch.device(self.device), 0)[0])
+                    if bound is not None:
+                        bound.call()
+                        self._synchronize()
+
+    def _ready(self, case: Case) -> dict[str, list[timing.Call]]:
+        """The calls of the contenders that are right, one for each set of inputs; rows for all that can do the case."""
+        ready: dict[str, list[timing.Call]] = {}
+        sets, truth, device = [], {}, torch.device(self.device)
+        with self._step(case, "", "making inputs and reference"):
+            sets = make_sets(case, device, 0 if case.group == "host" else timing.cache_bytes(device))
+            truth = check.exact(case, sets[0])
+        for name in self.peers if sets else ():
+            if (case.operation, name) in self.left_out:
+                continue
+            with self._step(case, name, "check"):
+                bounds = [bound for x in sets if (bound := peers.bind(name, case, x)) is not None]
+                if not bounds:
+                    continue
+                error, fault = _check(bounds[0], sets[0], truth)
+                facts = {"error": error, "note": fault, "version": peers.version_of(name)}
+                self._rows[name] = row_of(case, name, status="wrong" if fault else "ok", **facts)
+                if not fault:
+                    for bound in bounds[1:]:
+                        bound.call()
+                    self._synchronize()
+                    ready[name] = [bound.call for bound in bounds]
+        return ready
+
+    def _time(self, case: Case, ready: dict[str, list[timing.Call]]) -> dict[str, timing.Spread]:
+        found, timers, device = {}, {}, torch.device(self.device)
+        for name, calls in ready.items():
+            with self._step(case, name, "preparing to time"):
+                if case.group == "host":
+                    found[name] = timing.host(calls[0])
+                else:
+                    timers[name] = timing.timer(calls, device)
+                self._synchronize()
+        return found or timing.in_turns(timers, device, lambda name: self._say(name, "timing"))
+
+    @contextlib.contextmanager
+    def _step(self, case: Case, name: str, what: str) -> Iterator[None]:
+        """Tell what happens now; an exception becomes the row of the contender ``name`` (of ours for what is nobody's).
+        If it took the device along, the worker ends, and the parent starts another.
+        """
+        self._say(name, what)
+        try:
+            yield
+        except Exception as error:
+            where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).name
+            note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({where})"
+            error.__traceback__ = None  # its frames hold tensors
+            try:
+                self._synchronize()
+                torch.ones(1, device=self.device).add_(1).item()
+            except RuntimeError:
+                self._say(name, note)
+                os._exit(3)
+            who = name or peers.OURS
+            self._rows[who] = row_of(case, who, status="failed", note=note, version=peers.version_of(who))
+
+    def _say(self, contender: str, what: str) -> None:
+        self._send(Step(self._number, contender, what))
+
+    def _send(self, event: Step | list[Row]) -> None:
+        assert self.pipe is not None
+        self.pipe.send(event)
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _check(bound: peers.Bound, x: Inputs, truth: check.Results) -> tuple[float | None, str]:
+    """Judge one call, with the states put back afterwards that it wrote in place."""
+    saved = {name: x[name].clone() for name in ("state", "conv_states") if name in x}
+    for name in {"output", "output_state", "snapshots"} & x.keys():
+        x[name].fill_(torch.nan)
+    bound.call()
+    verdict = check.judge(truth, bound.results())
+    for name, state in saved.items():
+        x[name].copy_(state)
+    return verdict
+
+
+@torch.no_grad()
+def work(worker: Worker, pipe: Connection, ahead: bool) -> None:
+    """What a process runs: measure, or compile what that needs ahead, with all that is printed thrown away."""
+    os.setsid()  # the parent can end it with all processes that it starts
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    worker.pipe = pipe
+    if ahead:  # what Triton's tuner finds while others use the GPU must not be kept
+        os.environ |= {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
+        worker.compile()
+    else:
+        worker.measure()
 
 
 class BenchError(GatedDeltaError, RuntimeError):
@@ -31,16 +192,16 @@ class BenchError(GatedDeltaError, RuntimeError):
 class Process:
     """A worker in a process of its own."""
 
-    def __init__(self, plan: Plan, *, ahead: bool = False) -> None:
+    def __init__(self, worker: Worker, *, ahead: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=worker.main, args=(plan, theirs, ahead))
+        self._process = context.Process(target=work, args=(worker, theirs, ahead))
         self._process.start()
         theirs.close()
         self.sentinel = self._process.sentinel
         self.hung = False
 
-    def events(self, limit: float) -> Iterator[Step | Done]:
+    def events(self, limit: float) -> Iterator[Step | list[Row]]:
         """What it says, until it ends or is silent for longer than ``limit`` seconds."""
         allowed = max(limit, START_S)
         with contextlib.suppress(EOFError, OSError):  # it has ended, perhaps amid a word
@@ -71,7 +232,6 @@ class Bench:
         facts: columns of every row: date, device, versions.
         limit: seconds that a step of a contender (to compile and be checked, to be timed once) may take.
         jobs: processes that compile ahead; 0 for none.
-        advance: called when a case is done.
         tell: called with a line that the user should see.
     """
 
@@ -81,7 +241,6 @@ class Bench:
     facts: dict[str, str]
     limit: float = 120.0
     jobs: int = 0
-    advance: Callable[[], None] = lambda: None
     tell: Callable[[str], None] = lambda words: None
     _rows: dict[int, list[Row]] = field(default_factory=dict)
     """Of each case that is done."""
@@ -89,57 +248,49 @@ class Bench:
     """Of contenders in whose hands a worker ended, by the number of the case."""
     _left_out: set[tuple[str, str]] = field(default_factory=set)
 
-    def run(self) -> list[Row]:
-        """All rows, those of the machine first.
+    def run(self) -> Iterator[list[Row]]:
+        """All rows so far, those of the machine first, whenever a case is done.
 
         Raises:
             BenchError: a worker ends before it comes to a case.
         """
         if self.jobs:
             self._compile()
-        with clocks(self.device) as now:
-            while waiting := [number for number in range(len(self.cases)) if number not in self._rows]:
-                self._measure(waiting, now)
-        return self.rows()
+        while waiting := [number for number in range(len(self.cases)) if number not in self._rows]:
+            for _ in self._measure(waiting):
+                found = [row for number in sorted(self._rows) for row in with_best_peer(self._rows[number])]
+                yield [replace(row, **self.facts) for row in found]
 
-    def rows(self) -> list[Row]:
-        """What is known so far."""
-        found = [row for number in sorted(self._rows) for row in with_best_peer(self._rows[number])]
-        return [replace(row, **self.facts) for row in found]
-
-    def _plan(self, numbers: Sequence[int], peers: Sequence[str]) -> Plan:
+    def _worker(self, numbers: Sequence[int], peers: Sequence[str]) -> Worker:
         cases = {number: self.cases[number] for number in numbers}
-        return Plan(self.device, list(peers), cases, self._rows.get(MACHINE, []), self._left_out)
+        return Worker(self.device, list(peers), cases, self._rows.get(MACHINE, []), self._left_out)
 
-    def _measure(self, waiting: Sequence[int], now: Callable[[], dict[str, Any]]) -> None:
-        """Let one worker go on as far as it comes."""
-        process, last = Process(self._plan(waiting, self.peers)), Step(MACHINE, "", "starting")
+    def _measure(self, waiting: Sequence[int]) -> Iterator[int]:
+        """Let one worker go on as far as it comes; gives the numbers of the cases that are done."""
+        process, last = Process(self._worker(waiting, self.peers)), Step(MACHINE, "", "starting")
         try:
             for event in process.events(self.limit):
                 if isinstance(event, Step):
                     last = event
-                else:
-                    clock = now()
-                    self._keep(event.number, [replace(row, **clock) if row.us else row for row in event.rows])
+                    continue
+                now: dict[str, Any] = clocks(self.device)
+                self._rows[last.number] = [replace(row, **now) for row in event] + self._ended.get(last.number, [])
+                if last.number != MACHINE:
+                    yield last.number
         finally:
             how = process.end()
-        if any(number not in self._rows for number in waiting):
-            self._blame(last, "hung" if process.hung else "crashed", f"{how} while: {last.what}")
+        if not self._rows.keys() >= set(waiting):
+            yield from self._blame(last, "hung" if process.hung else "crashed", f"{how} while: {last.what}")
 
-    def _keep(self, number: int, rows: list[Row]) -> None:
-        """The rows of a case that is done."""
-        self._rows[number] = [*rows, *self._ended.get(number, [])]
-        if number != MACHINE:
-            self.advance()
-
-    def _blame(self, last: Step, status: str, note: str) -> None:
+    def _blame(self, last: Step, status: str, note: str) -> Iterator[int]:
         """The row of whom a worker ended with; the next one leaves that contender out of the whole operation."""
         if last.number == MACHINE:
             raise BenchError(f"bench: the measuring process cannot begin ({note})")
         case, name = self.cases[last.number], last.contender
         self.tell(f"{case.name}: {name or 'the worker'} {status} ({note})")
         if not name:
-            self._keep(last.number, [row_of(case, OURS, status="failed", note=note)])
+            self._rows[last.number] = [row_of(case, peers.OURS, status="failed", note=note)]
+            yield last.number
             return
         self._left_out.add((case.operation, name))
         row = row_of(case, name, status=status, note=f"{note}; left out of {case.operation} from here on")
@@ -153,7 +304,7 @@ class Bench:
         for number, case in enumerate(self.cases):
             for peer in self.peers:
                 shares.setdefault((peer, case.operation, case.heads, case.tokens), []).append(number)
-        plans = [self._plan(numbers, [peer]) for (peer, *_), numbers in shares.items()]
+        plans = [self._worker(numbers, [peer]) for (peer, *_), numbers in shares.items()]
         self.tell(f"compiling ahead in {min(self.jobs, len(plans))} processes")
         running: dict[Any, Process] = {}
         started = time.monotonic()

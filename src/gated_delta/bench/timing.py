@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -46,49 +46,37 @@ def cache_bytes(device: torch.device) -> int:
     return CACHES * torch.cuda.get_device_properties(device).L2_cache_size
 
 
-class Plain:
-    """One contender on a CPU: its calls one by one."""
+class Timer(NamedTuple):
+    """One contender, ready to be timed."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._call, self.calls = calls[0], 1
-
-    def replay(self) -> float:
-        """Microseconds a call."""
-        started = time.perf_counter()
-        self._call()
-        return (time.perf_counter() - started) * 1e6
+    calls: int
+    """in a replay"""
+    replay: Callable[[], float]
+    """Runs all calls; gives the microseconds that they took."""
 
 
-class Graph:
-    """One contender on a GPU: a graph of calls that go round the sets of inputs.
-
-    Args:
-        calls: one for each set; each has run before, so that nothing compiles any more.
+def timer(sets: Sequence[Call], device: torch.device) -> Timer:
+    """A timer of calls that go round the sets of inputs, each of which has run before, so that nothing compiles any
+    more.
     """
+    if device.type == "cpu":
+        return Timer(1, lambda: timeit.timeit(sets[0], number=1) * 1e6)
+    few = sets[:3]
+    one = _between_events(lambda: [call() for call in few]) / len(few)
+    calls = max(len(sets), min(MOST_CALLS, int(GRAPH_US / one) + 1), LEAST_CALLS if one <= GRAPH_US else 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            sets[i % len(sets)]()
+    graph.replay()  # the first one uploads it
+    us = _between_events(graph.replay)
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = _enough(calls)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for i in range(self.calls):
-                calls[i % len(calls)]()
-        self._last = 0.0
-        """us of the last replay"""
+    def replay() -> float:
+        if us < LAUNCH_SHOWS_US:
+            graph.replay()
+        return _between_events(graph.replay)
 
-    def replay(self) -> float:
-        """Microseconds a call, once round."""
-        if self._last < LAUNCH_SHOWS_US:
-            self._graph.replay()
-        self._last = _between_events(self._graph.replay)
-        return self._last / self.calls
-
-
-def _enough(calls: Sequence[Call]) -> int:
-    """Calls in a graph, from how long one takes when launched alone."""
-    some = calls[:3]
-    one = _between_events(lambda: [call() for call in some]) / len(some)
-    count = max(len(calls), min(MOST_CALLS, int(GRAPH_US / one) + 1))
-    return count if one > GRAPH_US else max(count, LEAST_CALLS)
+    return Timer(calls, replay)
 
 
 def _between_events(work: Call) -> float:
@@ -101,13 +89,8 @@ def _between_events(work: Call) -> float:
     return first.elapsed_time(last) * 1e3
 
 
-def prepare(calls: Sequence[Call], device: torch.device) -> Plain | Graph:
-    """A contender, ready to be timed."""
-    return Graph(calls) if device.type == "cuda" else Plain(calls)
-
-
 def in_turns(
-    timers: dict[str, Plain | Graph], device: torch.device, announce: Callable[[str], None] = lambda name: None
+    timers: dict[str, Timer], device: torch.device, announce: Callable[[str], None] = lambda name: None
 ) -> dict[str, Spread]:
     """Replay A, B, A, B, ... so that what changes in the machine meanwhile changes all alike. ``announce`` is told
     whose turn it is.
@@ -120,15 +103,13 @@ def in_turns(
             times[name] = timer.replay()
         return times
 
-    for _ in range(2 if device.type == "cuda" else 0):  # the first replay of a graph uploads it
-        round_of_all()
-    seconds = sum(us * timers[name].calls / 1e6 for name, us in round_of_all().items())
+    seconds = sum(round_of_all().values()) / 1e6
     count = max(LEAST_REPLAYS, min(REPLAYS, int(BUDGET_S[device.type] / max(seconds, 1e-9))))
     rounds = [round_of_all() for _ in range(count)]
-    return {name: spread([times[name] for times in rounds]) for name in timers}
+    return {name: spread([times[name] / timer.calls for times in rounds]) for name, timer in timers.items()}
 
 
 def host(call: Call) -> Spread:
     """What a call costs the host: many calls one after the other, the device keeping up."""
-    timer = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return spread([seconds * 1e6 for seconds in timer.blocked_autorange(min_run_time=HOST_S).times])
+    many = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return spread([seconds * 1e6 for seconds in many.blocked_autorange(min_run_time=HOST_S).times])

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import gated_delta as gd
-from gated_delta import reference
+from gated_delta import plans, reference
 from gated_delta.errors import BackendError, DataError, DtypeError, LayoutError, OptionError, ShapeError
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
+from gated_delta.validation import operators
 from helpers import DEVICE, nans, normal, same_bits, starts, strided
 
 pytest.importorskip("triton")
@@ -297,6 +298,26 @@ def test_refused(name: str) -> None:
         gd.gated_delta_net_step(**{**given, **change})
     assert str(raised.value).startswith(f"gated_delta_net_step: {message}")
     assert all(same_bits(given[n], x) for n, x in before.items())
+
+
+def test_a_call_like_another_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that looks otherwise anew: other sizes, other options, checked mode."""
+    asked: list[object] = []
+    real = operators.step
+    monkeypatch.setattr(operators, "step", lambda *given: asked.append(given) or real(*given))
+    monkeypatch.setattr(plans, "_JUDGED", {})
+    given = call(Shape(1, 1, 32, 32))
+    for _ in range(3):
+        gd.gated_delta_net_step(**copied(given))
+    assert len(asked) == 1
+    gd.gated_delta_net_step(**{**given, "eps": 1e-5})
+    gd.gated_delta_net_step(**{**given, "tickets": None})
+    with gd.checked():
+        gd.gated_delta_net_step(**given)
+    assert len(asked) == 4
+    for _ in range(2):
+        with pytest.raises(ShapeError, match="norm_weight is of shape"):
+            gd.gated_delta_net_step(**{**given, "norm_weight": torch.ones(31)})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ the plans, and a plan's guards (dtype, device, sizes, strides, whether a gradien
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,30 @@ class Plan(NamedTuple):
 
 
 _PLANS: dict[tuple[Any, ...], list[Plan]] = {}
+
+
+_JUDGED: dict[tuple[Any, ...], list[Plan]] = {}
+
+
+def judged(options: tuple[Any, ...], tensors: Sequence[Tensor | None], judge: Callable[[], Any]) -> Any:
+    """What ``judge`` says of a call; for one like an earlier one, what it said then. Errors are not kept."""
+    given = [x for x in tensors if x is not None]
+    if TensorGuards is None or _is_watched() or not all(type(x) in (Tensor, torch.nn.Parameter) for x in given):
+        return judge()
+    key = (options, *map(type, options), len(given[0]), *(x is None for x in tensors), torch.is_grad_enabled())
+    try:
+        alike = _JUDGED.get(key, [])
+    except TypeError:  # no hashable option: judging it will say so
+        return judge()
+    for plan in alike:
+        if plan.guards.check(*given):
+            return plan.launch
+    found = judge()
+    if len(_JUDGED) >= MOST_KINDS:
+        _JUDGED.clear()
+    guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    _JUDGED[key] = [*alike[1 - MOST_ALIKE :], Plan(guards, len(given), found)]
+    return found
 
 
 def _is_watched() -> bool:

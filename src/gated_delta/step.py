@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from gated_delta import dispatch, library, reference
+from gated_delta import dispatch, library, plans, reference
 from gated_delta.calls import slot_number
 from gated_delta.validation import data, operators
 
@@ -48,25 +49,26 @@ def gated_delta_net_step(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    args = operators.step(
-        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, eps, state_indices, cu_seqlens,
-        num_accepted_tokens, activation, scale, allow_neg_eigval, tickets, null_slot, output,
+    tensors = (
+        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, state_indices, cu_seqlens,
+        num_accepted_tokens, tickets, output,
     )  # fmt: skip
-    request = dispatch.Request(args.where, q.device.type, q.dtype, args.sizes["K"], args.sizes["V"])
-    backend = dispatch.choose(request, backend)
+    options = (eps, activation, scale, allow_neg_eigval, null_slot, backend)
+    backend = plans.judged(options, tensors, lambda: _judge(tensors, *options))
     if data.is_checked():
-        data.written_slots(args.where, "state_indices", state_indices, state, null_slot)
-        if cu_seqlens is not None:
-            data.cu_seqlens(args.where, cu_seqlens, q.shape[0])
-            data.accepted(
-                args.where, num_accepted_tokens, cu_seqlens.diff(), args.sizes["W"] + args.sizes["S"] - 2,
-                args.sizes["W"], state_indices[:, 0], null_slot,
-            )  # fmt: skip
+        data.step(state, conv_states, conv_weight, state_indices, cu_seqlens, num_accepted_tokens, null_slot, len(q))
     if output is None:
-        output = torch.empty(len(v), args.sizes["HV"], v.shape[3], dtype=q.dtype, device=q.device)
+        output = q.new_empty(len(v), v.shape[1] * v.shape[2], v.shape[3])
     library.gated_delta_net_step(
         q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight,
-        reference.resolve_scale(scale, request.head_k), float(eps), activation, allow_neg_eigval, state_indices,
+        reference.resolve_scale(scale, q.shape[-1]), float(eps), activation, allow_neg_eigval, state_indices,
         cu_seqlens, num_accepted_tokens, tickets, slot_number(null_slot), output, backend,
     )  # fmt: skip
     return output
+
+
+def _judge(tensors: tuple[Any, ...], *options: Any) -> str:
+    """The backend that serves the call."""
+    args, q = operators.step(tensors, *options[:-1]), tensors[0]
+    request = dispatch.Request(args.where, q.device.type, q.dtype, args.sizes["K"], args.sizes["V"])
+    return dispatch.choose(request, options[-1])

@@ -145,6 +145,19 @@ def gates(where: str, g: Tensor | None, g_space: str, beta: Tensor | None) -> No
         raise DataError(where, "beta", "not finite somewhere", "finite")
 
 
+def step(
+    state: Tensor, conv_states: Tensor, conv_weight: Tensor, state_indices: Tensor, starts: Tensor | None,
+    counts: Tensor | None, null_slot: int | None, tokens: int,
+) -> None:  # fmt: skip
+    """``gated_delta_net_step``."""
+    where, width = "gated_delta_net_step", conv_weight.shape[1]
+    written_slots(where, "state_indices", state_indices, state, null_slot)
+    if starts is not None:
+        cu_seqlens(where, starts, tokens)
+        most = min(conv_states.shape[-1], width + state_indices.shape[1] - 2)
+        accepted(where, counts, starts.diff(), most, width, state_indices[:, 0], null_slot)
+
+
 def batch_slots(batch: GatedDeltaNetBatch, state: LayerState) -> None:
     """The slots of all rows of a step of a layer, before the first is written, and that decodes have a history: a
     one-token row that starts a sequence is a prefill, for the one-token operator reads whatever the slot holds.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -208,12 +210,11 @@ def norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, outp
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_states: Tensor, conv_weight: Tensor,
-    state: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, eps: float, state_indices: Tensor,
-    cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None, activation: str, scale: float | None,
-    allow_neg_eigval: bool, tickets: Tensor | None, null_slot: int | None, output: Tensor | None,
+    tensors: tuple[Any, ...], eps: float, activation: str, scale: float | None, allow_neg_eigval: bool,
+    null_slot: int | None,
 ) -> Arguments:  # fmt: skip
     """``gated_delta_net_step``."""
+    q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, *rows, tickets, output = tensors
     args = Arguments("gated_delta_net_step")
     _qkv(args, q, k, v, "L H K", "L H K", "L H R V")
     args.tensor("z", z, "L H R V", FLOATS)
@@ -229,7 +230,7 @@ def step(
     args.tensor("dt_bias", dt_bias, "HV", FLOATS)
     args.tensor("norm_weight", norm_weight, "V", FLOATS)
     args.positive("eps", eps)
-    _step_rows(args, state_indices, cu_seqlens, num_accepted_tokens)
+    _step_rows(args, *rows)
     _conv_weight(args, "conv_weight", conv_weight)
     most = args.sizes["C"] - args.sizes["W"] + 2
     if args.sizes.get("S", 1) > most:

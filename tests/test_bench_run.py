@@ -20,7 +20,7 @@ from gated_delta.bench import cli as bench_cli
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.peers import transformers
 from gated_delta.bench.records import Row
-from gated_delta.bench.run import MACHINE, Bench, BenchError, Step, Worker
+from gated_delta.bench.run import Bench, BenchError, Step, Worker
 from test_cli import Result
 
 HEADS = Heads(1, 1, 32, 32)
@@ -117,13 +117,15 @@ def test_a_peer_costs_its_rows_and_no_others(pretend: Pretend) -> None:
 def test_who_is_blamed() -> None:
     bench = Bench("cpu", [peers.OURS, "fla"], CASES, {})
     with pytest.raises(BenchError, match=r"the measuring process cannot begin \(exit status 1 while: starting\)"):
-        list(bench._blame(Step(MACHINE, "", "starting"), "crashed", "exit status 1 while: starting"))
-    assert list(bench._blame(Step(1, "", "making inputs"), "crashed", "exit status -9")) == [1]
-    (row,) = bench._rows[1]
+        list(bench._blame(Step(None, "", "starting"), "crashed", "exit status 1 while: starting"))
+    assert list(bench._blame(Step(CASES[1], "", "making inputs"), "crashed", "exit status -9")) == [CASES[1]]
+    (row,) = bench._rows[CASES[1]]
     assert (row.case, row.contender, row.status, row.note) == (CASES[1].name, peers.OURS, "failed", "exit status -9")
-    assert list(bench._blame(Step(0, "fla", "check"), "hung", "did not answer")) == []  # measured again, without it
-    assert bench._worker([0], bench.peers).left_out == {("prefill", "fla")}
-    assert bench._ended[0][0].status == "hung"
+    assert (
+        list(bench._blame(Step(CASES[0], "fla", "check"), "hung", "did not answer")) == []
+    )  # measured again, without it
+    assert bench._worker(CASES[:1], bench.peers).left_out == {("prefill", "fla")}
+    assert bench._ended[CASES[0]][0].status == "hung"
 
 
 class Pipe:
@@ -141,7 +143,7 @@ def worker_of(cases: list[Case]) -> tuple[Worker, Pipe]:
         Row("ceilings", name, "machine", us=1.0) for name in ("product", "smallest", "in-place", "write", "read")
     ]
     pipe = Pipe()
-    return Worker("cpu", [peers.OURS], dict(enumerate(cases)), machine, set(), pipe), pipe  # type: ignore[arg-type]
+    return Worker("cpu", [peers.OURS], cases, machine, set(), pipe), pipe  # type: ignore[arg-type]
 
 
 def test_a_failure_that_takes_the_device_along_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +159,7 @@ def test_a_failure_that_takes_the_device_along_ends_the_worker(monkeypatch: pyte
     monkeypatch.setattr(run.os, "_exit", left)
     with pytest.raises(SystemExit):
         own.measure()
-    assert pipe.said[-1] == Step(0, peers.OURS, "RuntimeError: illegal memory access (test_bench_run.py)")
+    assert pipe.said[-1] == Step(CASES[0], peers.OURS, "RuntimeError: illegal memory access (test_bench_run.py)")
 
 
 def test_a_case_without_memory_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:

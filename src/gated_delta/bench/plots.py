@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from gated_delta.bench.cases import STEPS
 from gated_delta.bench.peers import OURS
-from gated_delta.bench.records import CEILINGS, Row, cases_of
+from gated_delta.bench.records import Row, cases_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,20 +27,7 @@ COLUMN = 42
 """Most cases below each other."""
 FLOORED = ("prefill", "decode", "verify", "conv", "norm")
 DPI = 130
-
-
-class Panel(NamedTuple):
-    """A diagram with a line a contender, both axes logarithmic."""
-
-    title: str
-    rows: Sequence[Row]
-    x: str
-    """Column of the rows, and label of the axis below."""
-    y: str
-    label: str
-    """Of the axis at the left."""
-    bound: Sequence[tuple[float, float]]
-    """Points of the dashed line of what the hardware allows."""
+LABELS = {"bytes": "bytes a call", "tb_s": "TB/s", "us": "us a call", "tokens": "tokens", "rows": "batch"}
 
 
 def missing() -> bool:
@@ -51,15 +38,19 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     """Draw what the rows have data for into the folder ``out``, and return the files. Of a contender that was timed
     twice in a case the last row counts; lines are drawn for the first set of gates.
     """
-    timed = list({row.key: row for row in rows if row.us}.values())
+    timed = list({row.key: row for row in rows if row.us and row.over_floor}.values())
     gates = next((row.gates for row in timed if row.gates), "")
-    lines = [row for row in timed if row.gates in ("", gates)]
+    first = [row for row in timed if row.gates == gates]
+    single = _main_layout([row for row in first if row.group == "prefill" and row.rows == 1])
+    decode: dict[str, list[Row]] = {}
+    for row in _main_layout([row for row in first if row.group == "decode"]):
+        decode.setdefault(_panel_of(row), []).append(row)
     figures = {
-        "decode-roofline": _lines("Decode: bandwidth under its roof", roofline(lines)),
-        "scaling": _lines("Time against size", scaling(lines)),
+        "decode-roofline": _lines("Decode: bandwidth under its roof", list(decode.values()), "tb_s"),
+        "scaling": _lines("Time against size", [own for own in (single, *list(decode.values())[:1]) if own], "us"),
     }
     for group in FLOORED:
-        own = [row for row in timed if row.group == group and row.over_floor]
+        own = [row for row in timed if row.group == group]
         figures[f"{group}-over-floor"] = over_floor(group, own)
         figures[f"{group}-speedup"] = speedups(group, [row for row in own if row.speedup])
     written = {out / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
@@ -82,68 +73,48 @@ def _panel_of(row: Row) -> str:
     return " ".join(filter(None, (row.form, row.state if row.group in STEPS else "", tokens)))
 
 
-def _main_layout(rows: Iterable[Row]) -> list[Row]:
+def _main_layout(rows: Sequence[Row]) -> list[Row]:
     """The rows of the heads that were measured most, the last of equals."""
-    rows = list(rows)
     counts = Counter(row.heads for row in rows)
     most = max(reversed(counts), key=counts.__getitem__, default="")
     return [row for row in rows if row.heads == most]
 
 
-def roofline(rows: Sequence[Row]) -> list[Panel]:
-    """Bandwidth against the bytes of a call, under the smallest kernel's time and the in-place bandwidth."""
-    decode = _main_layout(row for row in rows if row.group == "decode")
-    machine = {row.case: row for row in rows if row.group == CEILINGS}
-    smallest = machine["smallest"].us if "smallest" in machine else None
-    top = max((row.tb_s or 0.0 for name, row in machine.items() if name.startswith("in-place")), default=0.0)
-    panels = []
-    for title in dict.fromkeys(map(_panel_of, decode)):
-        own = [row for row in decode if _panel_of(row) == title]
-        sizes = sorted(row.bytes or 1 for row in own)
-        roof = []
-        if smallest and top:
-            low, corner, high = sizes[0] / 2, top * smallest * 1e6, sizes[-1] * 2
-            roof = [(x, min(top, x / smallest / 1e6)) for x in (low, *([corner] if low < corner < high else []), high)]
-        panels.append(Panel(f"heads {own[0].heads} {title}", own, "bytes", "tb_s", "TB/s", roof))
-    return panels
-
-
-def scaling(rows: Sequence[Row]) -> list[Panel]:
-    """Time against the length of a single sequence, and against the batch of a step."""
-    single = _main_layout(row for row in rows if row.group == "prefill" and row.rows == 1)
-    decode = _main_layout(row for row in rows if row.group == "decode")
-    panels = []
-    for own, x in ((single, "tokens"), ([row for row in decode if _panel_of(row) == _panel_of(decode[0])], "rows")):
-        floors = sorted({(getattr(row, x), row.floor_us or 0.0) for row in own})
-        if len(floors) > 1:
-            title = f"{own[0].group}, heads {own[0].heads} {_panel_of(own[0])}"
-            panels.append(Panel(title, own, x, "us", "us a call", floors))
-    return panels
-
-
-def _lines(title: str, panels: Sequence[Panel]) -> Figure | None:
-    """The panels side by side and below each other, ours the widest line and on top."""
+def _lines(title: str, panels: Sequence[Sequence[Row]], y: str) -> Figure | None:
+    """Time or bandwidth (``y``) of all contenders against size, ours the widest line and on top; dashed what it would
+    be at the floor.
+    """
     if not panels:
         return None
     across = min(2, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = _figure(title, panels[0].rows, 5.3 * across, 3.4 * down + 1)
+    figure = _figure(title, panels[0], 5.3 * across, 3.4 * down + 1)
     axes: list[Axes] = figure.subplots(down, across, squeeze=False).flatten().tolist()
-    for each, panel in zip(axes, panels, strict=False):
+    for each, rows in zip(axes, panels, strict=False):
+        x = "bytes" if y == "tb_s" else "tokens" if rows[0].group == "prefill" else "rows"
         for name, colour in COLOURS.items():
-            points = sorted(
-                (getattr(row, panel.x), getattr(row, panel.y)) for row in panel.rows if row.contender == name
-            )
+            own = sorted((getattr(row, x), getattr(row, y)) for row in rows if row.contender == name)
             style: dict[str, Any] = {"lw": 2.4, "zorder": 3} if name == OURS else {"lw": 1.3}
-            if points:
-                each.plot(*zip(*points, strict=True), marker="o", ms=4, color=colour, label=name, **style)
-        if panel.bound:
-            each.plot(*zip(*panel.bound, strict=True), "--", color="#888888", label="bound of the hardware")
-        each.set(title=panel.title, xscale="log", yscale="log", xlabel=panel.x, ylabel=panel.label)
+            if own:
+                each.plot(*zip(*own, strict=True), marker="o", ms=4, color=colour, label=name, **style)
+        factor = -1 if y == "us" else 1
+        floor = sorted({(getattr(row, x), getattr(row, y) * (row.over_floor or 1.0) ** factor) for row in rows})
+        each.plot(*zip(*floor, strict=True), "--", color="#888888", label="at the floor")
+        label = f"{rows[0].group}, heads {rows[0].heads} {_panel_of(rows[0])}"
+        each.set(title=label, xscale="log", yscale="log", xlabel=LABELS[x], ylabel=LABELS[y])
+        _plain_ticks(each.xaxis)
+        _plain_ticks(each.yaxis)
     for each in axes[len(panels) :]:
         each.set_visible(False)
     _finish(figure, axes[: len(panels)])
     return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, ... instead of powers of ten."""
+    axis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    axis.set_tick_params(which="minor", labelsize=8)
 
 
 def _finish(figure: Figure, axes: Sequence[Axes]) -> None:
@@ -159,8 +130,6 @@ def _finish(figure: Figure, axes: Sequence[Axes]) -> None:
 
 def over_floor(group: str, rows: Sequence[Row]) -> Figure | None:
     """A line a case: the times of all contenders over its floor."""
-    from matplotlib.ticker import LogFormatter  # noqa: PLC0415
-
     if not rows:
         return None
     cases = list(cases_of(rows).items())
@@ -177,8 +146,7 @@ def over_floor(group: str, rows: Sequence[Row]) -> Figure | None:
         each.axvline(1, color="#888888", ls="--")
         each.set(xscale="log", xlabel="times the floor", ylim=(length - 0.4, -0.6))
         each.set_yticks(range(len(column)), [case for (_, case, _), _ in column], fontsize=8)
-        each.xaxis.set_major_formatter(LogFormatter())  # 1 and 10, not powers of ten
-        each.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
+        _plain_ticks(each.xaxis)
     _finish(figure, axes)
     return figure
 

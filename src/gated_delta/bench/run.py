@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,6 @@ from gated_delta.bench.machine import clocks
 from gated_delta.bench.records import Row, row_of, with_best_peer
 from gated_delta.errors import GatedDeltaError
 
-MACHINE = -1
-"""Stands for the number of a case where the machine itself is measured."""
 MOST_COMPILED_TOKENS = 32768
 """Longer sequences need the same kernels, and many processes share the memory while they compile."""
 START_S = 90.0
@@ -36,8 +35,8 @@ START_S = 90.0
 class Step(NamedTuple):
     """What a worker does from now on. After the steps of a case it sends the rows."""
 
-    number: int
-    """of the case"""
+    case: Case | None
+    """None: it measures the machine itself"""
     contender: str
     """"" for what is nobody's"""
     what: str
@@ -50,20 +49,19 @@ class Worker:
     Args:
         device: "cpu" or "cuda".
         peers: contenders.
-        cases: with their numbers.
         machine: the ceilings, if they have been measured.
         left_out: operations, and contenders that do not do them.
     """
 
     device: str
     peers: list[str]
-    cases: dict[int, Case]
+    cases: list[Case]
     machine: list[Row]
     left_out: set[tuple[str, str]]
     pipe: Connection | None = None
-    _number: int = MACHINE
+    _case: Case | None = None
     _rows: dict[str, Row] = field(default_factory=dict)
-    """Of the case that is being measured."""
+    """Of ``_case``, which is being measured."""
 
     def measure(self) -> None:
         """Every case, after the ceilings of the machine where they are not known yet."""
@@ -72,8 +70,8 @@ class Worker:
             self.machine = list(floors.measure(torch.device(self.device)))
             self._send(self.machine)
         ceilings = floors.ceilings(self.machine)
-        for number, case in self.cases.items():
-            self._number, self._rows = number, {}
+        for case in self.cases:
+            self._case, self._rows = case, {}
             for name, times in self._time(case, self._ready(case)).items():
                 rates = floors.rates(case, times.us, ceilings) if case.group != "host" else {}
                 self._rows[name] = replace(self._rows[name], **times._asdict(), **rates)
@@ -83,7 +81,7 @@ class Worker:
 
     def compile(self) -> None:
         """Run every contender of every case once, so that what it compiles is on disk."""
-        for case in self.cases.values():
+        for case in self.cases:
             for name in self.peers if sum(case.lengths) <= MOST_COMPILED_TOKENS else ():
                 with contextlib.suppress(Exception):
                     bound = peers.bind(name, case, make_sets(case, torch.device(self.device), 0)[0])
@@ -148,7 +146,7 @@ class Worker:
             self._rows[who] = row_of(case, who, status="failed", note=note, version=peers.version_of(who))
 
     def _say(self, contender: str, what: str) -> None:
-        self._send(Step(self._number, contender, what))
+        self._send(Step(self._case, contender, what))
 
     def _send(self, event: Step | list[Row]) -> None:
         assert self.pipe is not None
@@ -242,10 +240,10 @@ class Bench:
     limit: float = 120.0
     jobs: int = 0
     tell: Callable[[str], None] = lambda words: None
-    _rows: dict[int, list[Row]] = field(default_factory=dict)
-    """Of each case that is done."""
-    _ended: dict[int, list[Row]] = field(default_factory=dict)
-    """Of contenders in whose hands a worker ended, by the number of the case."""
+    _rows: dict[Case | None, list[Row]] = field(default_factory=dict)
+    """Of the machine (None) and of each case that is done."""
+    _ended: dict[Case, list[Row]] = field(default_factory=dict)
+    """Of contenders in whose hands a worker ended, until the case is done."""
     _left_out: set[tuple[str, str]] = field(default_factory=set)
 
     def run(self) -> Iterator[list[Row]]:
@@ -256,55 +254,54 @@ class Bench:
         """
         if self.jobs:
             self._compile()
-        while waiting := [number for number in range(len(self.cases)) if number not in self._rows]:
+        while waiting := [case for case in self.cases if case not in self._rows]:
             for _ in self._measure(waiting):
-                found = [row for number in sorted(self._rows) for row in with_best_peer(self._rows[number])]
+                found = [row for rows in self._rows.values() for row in with_best_peer(rows)]
                 yield [replace(row, **self.facts) for row in found]
 
-    def _worker(self, numbers: Sequence[int], peers: Sequence[str]) -> Worker:
-        cases = {number: self.cases[number] for number in numbers}
-        return Worker(self.device, list(peers), cases, self._rows.get(MACHINE, []), self._left_out)
+    def _worker(self, cases: list[Case], peers: Sequence[str]) -> Worker:
+        return Worker(self.device, list(peers), cases, self._rows.get(None, []), self._left_out)
 
-    def _measure(self, waiting: Sequence[int]) -> Iterator[int]:
-        """Let one worker go on as far as it comes; gives the numbers of the cases that are done."""
-        process, last = Process(self._worker(waiting, self.peers)), Step(MACHINE, "", "starting")
+    def _measure(self, waiting: list[Case]) -> Iterator[Case]:
+        """Let one worker go on as far as it comes; gives the cases that are done."""
+        process, last = Process(self._worker(waiting, self.peers)), Step(None, "", "starting")
         try:
             for event in process.events(self.limit):
                 if isinstance(event, Step):
                     last = event
                     continue
                 now: dict[str, Any] = clocks(self.device)
-                self._rows[last.number] = [replace(row, **now) for row in event] + self._ended.get(last.number, [])
-                if last.number != MACHINE:
-                    yield last.number
+                self._rows[last.case] = [replace(row, **now) for row in event]
+                if last.case is not None:
+                    self._rows[last.case] += self._ended.get(last.case, [])
+                    yield last.case
         finally:
             how = process.end()
         if not self._rows.keys() >= set(waiting):
             yield from self._blame(last, "hung" if process.hung else "crashed", f"{how} while: {last.what}")
 
-    def _blame(self, last: Step, status: str, note: str) -> Iterator[int]:
+    def _blame(self, last: Step, status: str, note: str) -> Iterator[Case]:
         """The row of whom a worker ended with; the next one leaves that contender out of the whole operation."""
-        if last.number == MACHINE:
+        case, name, _ = last
+        if case is None:
             raise BenchError(f"bench: the measuring process cannot begin ({note})")
-        case, name = self.cases[last.number], last.contender
         self.tell(f"{case.name}: {name or 'the worker'} {status} ({note})")
         if not name:
-            self._rows[last.number] = [row_of(case, peers.OURS, status="failed", note=note)]
-            yield last.number
-            return
-        self._left_out.add((case.operation, name))
-        row = row_of(case, name, status=status, note=f"{note}; left out of {case.operation} from here on")
-        self._ended.setdefault(last.number, []).append(row)
+            self._rows[case] = [row_of(case, peers.OURS, status="failed", note=note)]
+            yield case
+        else:
+            self._left_out.add((case.operation, name))
+            row = row_of(case, name, status=status, note=f"{note}; left out of {case.operation} from here on")
+            self._ended.setdefault(case, []).append(row)
 
     def _compile(self) -> None:
         """Contenders compile for minutes, one kernel after the other: do it in many processes, each of which leaves
         its kernels in the disk caches of their compilers. What goes wrong here goes wrong again where it counts.
         """
-        shares: dict[tuple[Any, ...], list[int]] = {}
-        for number, case in enumerate(self.cases):
-            for peer in self.peers:
-                shares.setdefault((peer, case.operation, case.heads, case.tokens), []).append(number)
-        plans = [self._worker(numbers, [peer]) for (peer, *_), numbers in shares.items()]
+        shares: dict[tuple[Any, ...], list[Case]] = {}
+        for peer, case in product(self.peers, self.cases):
+            shares.setdefault((peer, case.operation, case.heads, case.tokens), []).append(case)
+        plans = [self._worker(cases, [peer]) for (peer, *_), cases in shares.items()]
         self.tell(f"compiling ahead in {min(self.jobs, len(plans))} processes")
         running: dict[Any, Process] = {}
         started = time.monotonic()

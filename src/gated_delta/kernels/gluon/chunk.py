@@ -5,8 +5,9 @@ warps make P, T and the factors of rows, and leave them in shared memory:
 
 * ``T = (I + N)^-1 diag(beta)`` with N strictly lower triangular. Its diagonal blocks of 16 are inverted by forward
   substitution in fp32, a thread a column; twice, blocks are then joined by ``x - x C x``, where C is what lies below
-  the diagonal of each pair. These products are fp16 (every entry is at most 2, and 11 bits cost the error budget 2 %);
-  T itself enters products in two bf16 parts, one alone would exceed the budget (docs/prefill.md).
+  the diagonal of each pair. For bf16 activations these products are fp16: every entry is at most 2, and 11 bits cost
+  the error budget 2 %. For fp16 activations they have two parts, and T itself enters products in two parts for both:
+  one alone would exceed the budget where keys are similar.
 * A decay between two tokens is ``2^(G_i - G_j)`` with G a running sum of logarithms, each split into a multiple of 1/8,
   whose sums and differences are exact, and a rest below 1/8: a strong decay costs the weak ones behind it nothing.
   alpha = 0 counts as 2^-160, which is 0 in fp32.
@@ -99,32 +100,39 @@ def spread(sD, LIKE):
 
 
 @gluon.jit
-def widen(x, C, sX, sY):
-    """``x - x C x``: inverses of blocks twice as wide, when C has what is below the diagonal of each pair."""
+def product(x, y, sX, sY, FINE: gl.constexpr):
+    """``x @ y`` by fp16 tensor cores, FINE: of two fp16 parts each."""
     left: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    zero = gl.zeros([64, 64], gl.float32, ACC)
-    half = x.to(gl.float16)
-    sX.store(half)
-    below = gl.convert_layout(C.to(gl.float16), left)
+    high_x, high_y = x.to(gl.float16), y.to(gl.float16)
+    sX.store(high_y)
+    if FINE:
+        sY.store((y - high_y.to(gl.float32)).to(gl.float16))
+    a = gl.convert_layout(high_x, left)
     fence_async_shared()
-    y = warpgroup_mma(below, sX, zero, use_acc=False, is_async=True)
-    y, below = warpgroup_mma_wait(0, deps=(y, below))
-    sY.store(y.to(gl.float16))
-    whole = gl.convert_layout(half, left)
-    fence_async_shared()
-    z = warpgroup_mma(whole, sY, zero, use_acc=False, is_async=True)
-    z, whole = warpgroup_mma_wait(0, deps=(z, whole))
-    return x - z
+    z = warpgroup_mma(a, sX, gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True)
+    rest = a
+    if FINE:
+        rest = gl.convert_layout((x - high_x.to(gl.float32)).to(gl.float16), left)
+        z = warpgroup_mma(a, sY, z, is_async=True)
+        z = warpgroup_mma(rest, sX, z, is_async=True)
+    z, a, rest = warpgroup_mma_wait(0, deps=(z, a, rest))
+    return z
 
 
 @gluon.jit
-def inverse(N, sN, sD, sX, sY):
+def widen(x, C, sX, sY, FINE: gl.constexpr):
+    """``x - x C x``: inverses of blocks twice as wide, when C has what is below the diagonal of each pair."""
+    return x - product(x, product(C, x, sX, sY, FINE), sX, sY, FINE)
+
+
+@gluon.jit
+def inverse(N, sN, sD, sX, sY, FINE: gl.constexpr):
     """``(I + N)^-1`` of strictly lower triangular N, which is not looked at on and above its diagonal."""
     i, j = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None], gl.arange(0, 64, gl.SliceLayout(0, ACC))[None, :]
     substitute(N, sN, sD)
     x = spread(sD, N)
-    x = widen(x, gl.where((i // 32 == j // 32) & (i // 16 > j // 16), N, 0.0), sX, sY)
-    return widen(x, gl.where(i // 32 > j // 32, N, 0.0), sX, sY)
+    x = widen(x, gl.where((i // 32 == j // 32) & (i // 16 > j // 16), N, 0.0), sX, sY, FINE)
+    return widen(x, gl.where(i // 32 > j // 32, N, 0.0), sX, sY, FINE)
 
 
 @gluon.jit
@@ -213,7 +221,7 @@ def prepare(
         if OUT:
             sP.index(buffer).store(P.to(sP.dtype))
         store_factors(own, shared, VECTORS * buffer, high, rest, scale, NORM)
-        T = inverse(N, sN, sD, sX, sY) * own.index(BETA).load(gl.SliceLayout(0, ACC))[None, :]
+        T = inverse(N, sN, sD, sX, sY, sT.dtype == gl.float16) * own.index(BETA).load(gl.SliceLayout(0, ACC))[None, :]
         part = T.to(sT.dtype)
         sT.index(2 * buffer).store(part)
         sT.index(2 * buffer + 1).store((T - part.to(gl.float32)).to(sT.dtype))

@@ -16,8 +16,10 @@ from gated_delta.kernels.triton.launch import launch, strides
 
 CHUNK = 64
 STAGES = 2
-REGISTERS = (176, 128, 32)
-"""Of a thread that keeps half of the state, prepares, loads; the other half of the state has what 512 leave, 176."""
+REGISTERS, SUMMARY_REGISTERS = (192, 104, 24), (176, 128, 32)
+"""Of a thread that keeps half of the state, prepares, loads; that of the other half has what 512 leave. With fewer for
+the first two, ptxas makes every product wait for the one before it.
+"""
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
 CHUNK_US, SUMMARY_US, PART_US, SPLIT_US = 2.3, 1.7, 1.5, 8.0
@@ -78,7 +80,7 @@ def prefill(
     part = part_length(total, count, heads, _processors(q.device))
     constants: dict[str, Any] = {
         "RK": heads // k.shape[1], "RV": heads // v.shape[1], "NORM": use_qk_l2norm, "LOG": log_gates, "PART": part,
-        "STAGES": STAGES, "FINE": True, "REGISTERS": REGISTERS,
+        "STAGES": STAGES, "FINE": True,
     }  # fmt: skip
     places = count
     if part:
@@ -94,10 +96,10 @@ def prefill(
         *strides(source, 0, 1, 2), *strides(final_state, 0, 1, 2), *strides(checkpoints, 0, 1, 2), *strides(g, 0, 1),
         *strides(beta, 0, 1),
     )  # fmt: skip
-    constants |= {"RQ": heads // q.shape[1], "ZERO_PADDING": zero_padding}
+    own = {"RQ": heads // q.shape[1], "ZERO_PADDING": zero_padding, "REGISTERS": REGISTERS}
     grid = (heads, places + zero_padding)  # the last programs are for the tokens behind the last sequence
     if grid[1] > 0:
-        launch(whole, grid, args, constants, warps=4)
+        launch(whole, grid, args, constants | own, warps=4)
 
 
 def _states_before(
@@ -112,7 +114,7 @@ def _states_before(
         k, v, g, beta, cu_seqlens, state_indices, maps, null_slot, count, *strides(k, 0, 1), *strides(v, 0, 1),
         *strides(cu_seqlens, 0), *strides(state_indices, 0), *strides(g, 0, 1), *strides(beta, 0, 1),
     )  # fmt: skip
-    launch(summary, (heads, places, 2), args, constants, warps=4)
+    launch(summary, (heads, places, 2), args, {**constants, "REGISTERS": SUMMARY_REGISTERS}, warps=4)
     args = (
         maps, cu_seqlens, state_indices, source, has_initial_state, states, null_slot, *strides(cu_seqlens, 0),
         *strides(state_indices, 0), *strides(has_initial_state, 0), *strides(source, 0, 1, 2),

@@ -103,15 +103,16 @@ def keep(
         ks = warpgroup_mma(state, sK.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         if OUT:
             qs = warpgroup_mma(state, sQ.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        V = sV.index(2 * stage + HALF).permute((1, 0)).load(ACC).to(gl.float32)
         mbarrier.wait(ready.index(buffer), (t // 2) & 1)
-        KS, state = warpgroup_mma_wait(1 if OUT else 0, deps=(ks, state))
+        if OUT:
+            KS, QS, state = warpgroup_mma_wait(0, deps=(ks, qs, state))
+            O = QS * shared.index(vectors + FROM_Q).load(c)[None, :]
+        else:
+            KS, state = warpgroup_mma_wait(0, deps=(ks, state))
+        V = sV.index(2 * stage + HALF).permute((1, 0)).load(ACC).to(gl.float32)
         Y = gl.convert_layout((V - KS * shared.index(vectors + FROM_K).load(c)[None, :]).to(dtype), left)
         u = warpgroup_mma(Y, sT.index(2 * buffer).permute((1, 0)), zero, use_acc=False, is_async=True)
         u = warpgroup_mma(Y, sT.index(2 * buffer + 1).permute((1, 0)), u, is_async=True)
-        if OUT:
-            QS, state = warpgroup_mma_wait(2, deps=(qs, state))
-            O = QS * shared.index(vectors + FROM_Q).load(c)[None, :]
         S = S * shared.index(vectors + DECAY).load(gl.SliceLayout(1, WIDE))[:, None]
         U, Y = warpgroup_mma_wait(0, deps=(u, Y))
         U_left = U * shared.index(vectors + TO_STATE).load(c)[None, :]

@@ -1,7 +1,7 @@
 """Benchmarks: every operator against the hardware's floor and every installed peer (docs/bench.md).
 
-A parent process (``run``) watches a worker (``worker``), which measures case after case (``cases``): it makes random
-inputs (``inputs``), checks every contender (``peers``) against float64 (``check``), times those that are right in turns
-(``timing``) and relates them to the hardware (``floors``). What comes back are rows (``records``), shown as a table
-(``report``), pictures (``plots``) and comparisons (``compare``).
+A parent process watches a worker (``run``), which measures case after case (``cases``): it makes random inputs
+(``inputs``), checks every contender (``peers``) against float64 (``check``), times those that are right in turns
+(``timing``) and relates them to the hardware (``floors``). What comes back are rows (``records``), shown as tables
+(``report``) and pictures (``plots``).
 """

@@ -76,11 +76,6 @@ def parse_sequences(word: str) -> tuple[int, ...]:
     return lengths
 
 
-def checked_sequences(word: str) -> str:
-    """The same word, once it is known that it can be read."""
-    return word if parse_sequences(word) else ""
-
-
 def parse_heads(word: str) -> Heads:
     """``16/32``, or with head sizes ``16/32@64/128``; the sizes of a known layout are those of its model. Raises
     ValueError with what the word must be.

@@ -64,6 +64,12 @@ def among(allowed: Iterable[T], must: str = "") -> Callable[[str], T]:
     return parse
 
 
+def sequences(word: str) -> str:
+    """The word itself, if it can be read."""
+    cases.parse_sequences(word)
+    return word
+
+
 @app.command("run")
 def run_command(
     groups: Annotated[
@@ -97,7 +103,7 @@ def run_command(
     chosen = cases.select(
         parsed(",".join(groups or cases.DEFAULT_GROUPS), "GROUP", among(cases.GROUPS)),
         heads=parsed(layouts if heads == "all" else heads, "--heads", cases.parse_heads),
-        sequences=parsed(every if seqs == "all" else seqs, "--seqs", cases.checked_sequences),
+        sequences=parsed(every if seqs == "all" else seqs, "--seqs", sequences),
         batches=parsed(batch, "--batch", among(range(1, 65536), "a whole number in [1, 65535]")),
         tokens=parsed(tokens, "--tokens", among(range(1, 65), "a whole number in [1, 64]")),
         states=parsed(state, "--state", among(cases.STATES)), gates=parsed(gates, "--gates", among(cases.GATES)),

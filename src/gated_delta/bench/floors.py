@@ -10,13 +10,12 @@ import torch
 
 from gated_delta.bench.cases import MODELS, NO_MODEL, STATES, STEPS, Case
 from gated_delta.bench.records import CEILINGS, Row
-from gated_delta.bench.timing import Call, cache_bytes, in_turns, timer
+from gated_delta.bench.timing import Call, in_turns, timer
 
 CHUNK = 64
 """Tokens a chunk in the count of a prefill's operations."""
-IN_PLACE_MIB = {"cuda": (2, 8, 32, 128, 1024, 512), "cpu": (2, 32)}
-"""The last is the size of the tensors whose bandwidth is the ceiling."""
-
+LARGE_MIB = {"cuda": 512, "cpu": 32}
+"""Of the tensor whose bandwidth is the ceiling."""
 
 Ceilings = dict[str, float]
 """What the machine reaches, by what it does: TB/s to "read", "write" and change "in-place" (bytes read and written
@@ -45,26 +44,17 @@ def measure(device: torch.device) -> Iterator[Row]:
     yield Row(CEILINGS, "product", "machine", us=us, tflop_s=2 * size**3 / us / 1e6)
     one = torch.randn(1, device=device)
     yield Row(CEILINGS, "smallest", "machine", us=_time([partial(one.mul_, 1.0)], device))
-    x = one
-    for mib in IN_PLACE_MIB[device.type]:
-        sets = min(64, -(-cache_bytes(device) // (mib << 20)) + 1)
-        tensors = [torch.randn(mib << 18, device=device) for _ in range(sets)]
-        x, calls = tensors[0], [partial(y.mul_, 1.0001) for y in tensors]
-        yield _bandwidth(f"in-place {mib} MiB", 2 * x.nbytes, calls, device)
-    yield _bandwidth("write", x.nbytes, [partial(x.fill_, 1.5)], device)
-    x.normal_()
+    x = torch.randn(LARGE_MIB[device.type] << 18, device=device)
     sums = x.new_empty(x.numel() // 8192)
     read: Call = partial(torch.sum, x.view(-1, 8192), 1, out=sums)
     if gpu:
         from gated_delta.bench.reading import read_all  # noqa: PLC0415
 
         read = partial(read_all, x, sums)
-    yield _bandwidth("read", x.nbytes, [read], device)
-
-
-def _bandwidth(name: str, nbytes: int, calls: Sequence[Call], device: torch.device) -> Row:
-    us = _time(calls, device)
-    return Row(CEILINGS, name, "machine", us=us, tb_s=nbytes / us / 1e6)
+    turns = [partial(y.mul_, 1.0001) for y in (x, x.clone())]  # the end of one pass must not help the next
+    for name, calls in {"read": [read], "in-place": turns, "write": [partial(x.fill_, 1.5)]}.items():
+        us, moved = _time(calls, device), x.nbytes * (2 if name == "in-place" else 1)
+        yield Row(CEILINGS, name, "machine", us=us, tb_s=moved / us / 1e6)
 
 
 def _time(calls: Sequence[Call], device: torch.device) -> float:
@@ -74,9 +64,8 @@ def _time(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def ceilings(rows: Iterable[Row]) -> Ceilings:
-    """What :func:`measure` found; of the bandwidths in place, that of the largest tensor."""
-    found = {row.case: row.tflop_s or row.tb_s or row.us or 0.0 for row in rows}
-    return found | {"in-place": next(found[name] for name in reversed(found) if name.startswith("in-place"))}
+    """What :func:`measure` found."""
+    return {row.case: row.tflop_s or row.tb_s or row.us or 0.0 for row in rows}
 
 
 def work(case: Case) -> Work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import geometric_mean
 
 from rich.box import SIMPLE_HEAD
@@ -30,9 +30,11 @@ def tables(rows: Sequence[Row]) -> Group:
     models = {row.heads: row.model for row in rows if row.model}
     if models:
         parts.append(Text("heads: " + "; ".join(f"{heads} of {model}" for heads, model in models.items())))
-    troubles = [row for row in rows if row.status not in ("ok", "absent")]
-    if troubles:
-        parts.append(_troubles(troubles))
+    troubles = Table("case", "contender", "", "what happened", title="not timed", title_justify="left")
+    for row in rows:
+        if row.status not in ("ok", "absent"):
+            troubles.add_row(f"{row.group} {row.case}", row.contender, row.status, escape(row.note))
+    parts += [troubles] if troubles.row_count else []
     absent = [f"{row.contender} ({row.note})" for row in rows if row.group == ABSENT]
     return Group(*parts, *([Text("absent: " + "; ".join(absent))] if absent else []))
 
@@ -57,7 +59,9 @@ def rate(tb_s: float | None, tflop_s: float | None) -> str:
 
 
 def _table(group: str, rows: Sequence[Row]) -> Table:
-    """A line a case: ours with its spread and what it reaches, then the others."""
+    """A line a case: ours with its spread (half the distance of p10 and p90), the rate of what bounds the case and the
+    time over the floor; then the others.
+    """
     others = list(dict.fromkeys(row.contender for row in rows if row.contender != OURS))
     title = f"{group}: us a call" + (" on the host" if group == "host" else "")
     table = Table("case", title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -67,8 +71,13 @@ def _table(group: str, rows: Sequence[Row]) -> Table:
     several = len({row.gates for row in rows if row.gates}) > 1
     for (_, case, gates), found in cases_of(rows).items():
         ours = found.get(OURS) or Row(group, case, OURS, status="")
-        times = [_time(found[name]) if name in found else "" for name in others]
-        table.add_row(f"{case} {gates}" if several else case, _time(ours), *_reached(ours), *times, _speedup(ours))
+        times = [_time(found[name]) if name in found else "" for name in (OURS, *others)]
+        spread = f"{50 * (ours.p90 - ours.p10) / ours.us:.1f} %" if ours.us and ours.p10 and ours.p90 else ""
+        arithmetic = (ours.operations or 0) > COMPUTE_BOUND * (ours.bytes or 1)
+        reached = rate(ours.tb_s, ours.tflop_s if arithmetic else None)
+        over = f"{ours.over_floor:.2f}" if ours.over_floor else ""
+        best = f"[{'green' if ours.speedup >= 1 else 'bold red'}]{ours.speedup:.2f}[/]" if ours.speedup else ""
+        table.add_row(f"{case} {gates}" if several else case, times[0], spread, reached, over, *times[1:], best)
     return table
 
 
@@ -79,21 +88,6 @@ def _time(row: Row) -> str:
 def number(x: float) -> str:
     """Three digits that matter, or all before the point."""
     return f"{x:,.0f}" if x >= 1000 else f"{x:.1f}" if x >= 100 else f"{x:.2f}"
-
-
-def _reached(row: Row) -> list[str]:
-    """Half the distance of p10 and p90, the rate of what bounds the case, and the time over the floor."""
-    if row.us is None or row.p10 is None or row.p90 is None:
-        return ["", "", ""]
-    arithmetic = (row.operations or 0) > COMPUTE_BOUND * (row.bytes or 1)
-    floor = "" if row.over_floor is None else f"{row.over_floor:.2f}"
-    return [f"{50 * (row.p90 - row.p10) / row.us:.1f} %", rate(row.tb_s, row.tflop_s if arithmetic else None), floor]
-
-
-def _speedup(row: Row) -> str:
-    if row.speedup is None:
-        return ""
-    return f"[{'green' if row.speedup >= 1 else 'bold red'}]{row.speedup:.2f}[/]"
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -107,13 +101,6 @@ def summary(rows: Sequence[Row]) -> str:
             parts.append(f"{mean:.2f} {words} (geometric mean of {len(found)}); worst {found[worst]:.2f} in {worst[1]}")
     lost = sum(speedup < 1 for speedup in peers.values())
     return "; ".join([*parts, *([f"slower than a peer in {lost} of {len(peers)} cases"] if lost else [])])
-
-
-def _troubles(rows: Iterable[Row]) -> Table:
-    table = Table("case", "contender", "", "what happened", title="not timed", title_justify="left")
-    for row in rows:
-        table.add_row(f"{row.group} {row.case}", row.contender, row.status, escape(row.note))
-    return table
 
 
 def compared(before: Sequence[Row], after: Sequence[Row], threshold: float) -> Group:

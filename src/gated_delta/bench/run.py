@@ -58,7 +58,7 @@ class Worker:
     cases: list[Case]
     machine: list[Row]
     left_out: set[tuple[str, str]]
-    pipe: Connection | None = None
+    pipe: Connection = field(init=False)
     _case: Case | None = None
     _rows: dict[str, Row] = field(default_factory=dict)
     """Of ``_case``, which is being measured."""
@@ -68,14 +68,14 @@ class Worker:
         if not self.machine:
             self._say("", "measuring the machine")
             self.machine = list(floors.measure(torch.device(self.device)))
-            self._send(self.machine)
+            self.pipe.send(self.machine)
         ceilings = floors.ceilings(self.machine)
         for case in self.cases:
             self._case, self._rows = case, {}
             for name, times in self._time(case, self._ready(case)).items():
                 rates = floors.rates(case, times.us, ceilings) if case.group != "host" else {}
                 self._rows[name] = replace(self._rows[name], **times._asdict(), **rates)
-            self._send(list(self._rows.values()))
+            self.pipe.send(list(self._rows.values()))
             if self.device == "cuda":
                 torch.cuda.empty_cache()
 
@@ -146,11 +146,7 @@ class Worker:
             self._rows[who] = row_of(case, who, status="failed", note=note, version=peers.version_of(who))
 
     def _say(self, contender: str, what: str) -> None:
-        self._send(Step(self._case, contender, what))
-
-    def _send(self, event: Step | list[Row]) -> None:
-        assert self.pipe is not None
-        self.pipe.send(event)
+        self.pipe.send(Step(self._case, contender, what))
 
     def _synchronize(self) -> None:
         if self.device == "cuda":

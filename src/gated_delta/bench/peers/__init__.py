@@ -75,23 +75,20 @@ def choose(words: Sequence[str], device: str) -> tuple[list[str], dict[str, str]
     Raises:
         OptionError: an unknown name, or a peer asked for by name that can't run here.
     """
-    named = [] if list(words) == ["none"] else [word for word in words if word != "auto"]
-    wanted = (*(OTHERS if "auto" in words else ()), *named)
-    absent = {name: why for name in wanted if (why := _missing(name, device))}
-    for name in named:
-        if name in absent:
+    named = [word for word in words if word not in ("auto", "none")]
+    chosen, absent = [name for name in (OURS, TOKEN_LOOP) if device in PEERS[name].devices], {}
+    for name in dict.fromkeys((*named, *(OTHERS if "auto" in words else ()))):
+        if name not in OTHERS:
+            absent[name] = "there is no such adapter"
+        elif find_spec(PEERS[name].package) is None:
+            absent[name] = "it is not installed"
+        elif device not in PEERS[name].devices:
+            absent[name] = f"it does not run on {device}"
+        else:
+            chosen.append(name)
+        if name in named and name in absent:
             raise OptionError("bench", "--peers", repr(name), f"auto, none, or of {', '.join(OTHERS)}: {absent[name]}")
-    own = [name for name in (OURS, TOKEN_LOOP) if device in PEERS[name].devices]
-    return [*own, *dict.fromkeys(name for name in wanted if name not in absent)], absent
-
-
-def _missing(name: str, device: str) -> str:
-    """Why a peer can't run, "" if it can."""
-    if name not in OTHERS:
-        return "there is no such adapter"
-    if find_spec(PEERS[name].package) is None:
-        return "it is not installed"
-    return "" if device in PEERS[name].devices else f"it does not run on {device}"
+    return chosen, absent
 
 
 def version_of(name: str) -> str:

@@ -159,7 +159,7 @@ def test_prefill_of_hopper(hopper: Kernels) -> None:
 
 
 def test_products_of_hopper_run_side_by_side(hopper: Kernels) -> None:
-    """ptxas waits for every product before the next one where registers are short, as to prepare in fp16 they are."""
+    """Products wait for each other where registers are short, as to prepare in fp16 they are."""
     assert {name for name, x in hopper.items() if x.get("serialised")} == {name for name in HOPPER if "fp16" in name}
 
 

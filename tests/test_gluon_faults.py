@@ -56,15 +56,19 @@ FAULTS = {
     "two arrivals where three are made": Fault("barriers", "count=ARRIVALS", "count=ARRIVALS - 1", RACE),
     "no fence after q and k have landed": Fault("keep", "fence_async_shared()", "pass", "no fence: a product of keep"),
     "no fence before T is told of": Fault("prepare", "fence_async_shared()", "pass", "no fence: a product of"),
-    "no fence between store and product": Fault("product", "fence_async_shared()", "pass", "no fence: a product of prep"),
+    "no fence between store and product": Fault("product", "fence_async_shared()", "pass", "no fence: a product"),
     "U taken too early": Fault("keep", "U, Y = warpgroup_mma_wait(0", "U, Y = warpgroup_mma_wait(1", "may still run"),
-    "operand overwritten too early": Fault("product", "z, a, rest = ", "sX.store(high_x); z, a, rest = ", "sX is overwritten"),
-    "products nobody waits for": Fault("keep", "O, now = warpgroup_mma_wait(0, deps=(o, now))", "O = zero", RACE),
+    "operand overwritten too early": Fault(
+        "product", "z, a, rest = ", "sX.store(high_x); z, a, rest = ", "sX is overwritten"
+    ),
+    "products nobody waits for": Fault("keep", "outcome, now = warpgroup_mma_wait(0", "outcome = zero  # ", RACE),
     "wrong stage of k": Fault("keep", "sK.index(stage)", "sK.index(0)", "race|budget"),
     "wrong half of v": Fault("keep", "2 * stage + HALF", "2 * stage", BUDGET),
     "wrong buffer of P": Fault("keep", "sP.index(buffer)", "sP.index(1 - buffer)", RACE),
     "decay of the state forgotten": Fault("keep", "S = S * shared", "S = S + 0 * shared", BUDGET),
-    "decay of q forgotten": Fault("keep", "O = QS * shared", "O = QS + 0 * shared", "output: .* over its budget"),
+    "decay of q forgotten": Fault(
+        "keep", "outcome = QS * shared", "outcome = QS + 0 * shared", "output: .* over its budget"
+    ),
     "diagonal of P forgotten": Fault("triangles", "i >= j", "i > j", "output: .* over its budget"),
     "T in one part": Fault("prepare", "(T - part.to(gl.float32))", "(T - T)", "state: .* over its budget", stiff=True),
     "U in one part": Fault("keep", REST_OF_U, "U_left - U_left", "state: .* over its budget"),

@@ -16,6 +16,8 @@ warps make P, T and the factors of rows, and leave them in shared memory:
 
 # Gluon's functions have no types that a checker could follow.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

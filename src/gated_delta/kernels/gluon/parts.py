@@ -8,6 +8,8 @@ starts from. Then all parts run at once. In fp32 where states are kept; products
 
 # Kernels have no types that a checker could follow.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -41,9 +43,7 @@ def summary(
     ``maps[place, head]``.
     """
     head, place, unit = gl.program_id(0).to(gl.int64), gl.program_id(1), gl.program_id(2) == 1
-    sequence, slot, begin, length, before, part = part_of(
-        cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, PART
-    )
+    _, slot, begin, length, before, part = part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, PART)
     if (slot < 0) | (before + part >= length):
         return
     first = begin + before

@@ -13,6 +13,8 @@ buffer is full or free again.
 
 # Gluon's functions have no types that a checker could follow.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -28,6 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from gated_delta.kernels.gluon.chunk import ACC, DECAY, FROM_K, FROM_Q, TO_STATE, VECTORS, prepare
 
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+"""Its name since Triton 3.8, or the one before 3.9."""
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 
 
@@ -45,12 +49,12 @@ def load(tensors, chunks, length, values, tiles, signals, STAGES: gl.constexpr, 
         stage = t % STAGES
         mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
         row = (t * 64 + n).to(gl.int64)[:, None]
-        async_copy.async_copy_global_to_shared(sK.index(stage), k + row * k_row + c, mask=row < length)
+        copy_async(sK.index(stage), k + row * k_row + c, mask=row < length)
         if OUT:
-            async_copy.async_copy_global_to_shared(sQ.index(stage), q + row * q_row + c, mask=row < length)
+            copy_async(sQ.index(stage), q + row * q_row + c, mask=row < length)
         row = (t * 64 + m).to(gl.int64)[:, None]
-        async_copy.async_copy_global_to_shared(sV.index(2 * stage), v + row * v_row + d, mask=row < values)
-        async_copy.async_copy_global_to_shared(sV.index(2 * stage + 1), v + row * v_row + (d + 64), mask=row < values)
+        copy_async(sV.index(2 * stage), v + row * v_row + d, mask=row < values)
+        copy_async(sV.index(2 * stage + 1), v + row * v_row + (d + 64), mask=row < values)
         async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 
 
@@ -106,7 +110,7 @@ def keep(
         mbarrier.wait(ready.index(buffer), (t // 2) & 1)
         if OUT:
             KS, QS, state = warpgroup_mma_wait(0, deps=(ks, qs, state))
-            O = QS * shared.index(vectors + FROM_Q).load(c)[None, :]
+            outcome = QS * shared.index(vectors + FROM_Q).load(c)[None, :]
         else:
             KS, state = warpgroup_mma_wait(0, deps=(ks, state))
         V = sV.index(2 * stage + HALF).permute((1, 0)).load(ACC).to(gl.float32)
@@ -124,14 +128,14 @@ def keep(
             s = warpgroup_mma(rest, sK.index(stage), s, is_async=True)
         if OUT:
             now = gl.convert_layout(U.to(dtype), left)
-            o = warpgroup_mma(now, sP.index(buffer).permute((1, 0)), O, is_async=True)
+            o = warpgroup_mma(now, sP.index(buffer).permute((1, 0)), outcome, is_async=True)
         S, decayed, rest = warpgroup_mma_wait(1 if OUT else 0, deps=(s, decayed, rest))
         if OUT:
-            O, now = warpgroup_mma_wait(0, deps=(o, now))
+            outcome, now = warpgroup_mma_wait(0, deps=(o, now))
         mbarrier.arrive(empty.index(stage), count=1)
         mbarrier.arrive(free.index(buffer), count=1)
         if OUT:
-            sO.permute((1, 0)).store(O.to(dtype))
+            sO.permute((1, 0)).store(outcome.to(dtype))
             row = (t * 64 + n).to(gl.int64)[:, None]
             gl.store(output + row * o_row + d, sO.load(out), mask=row < length)
         if kept is not None:

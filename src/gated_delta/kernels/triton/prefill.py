@@ -41,10 +41,11 @@ def chain_tiles(head_k: int, head_v: int, states: int, single: bool, shared: int
     keys = triton.next_power_of_2(head_k)
     fits = [columns for columns in (16, 32, 64) if states * -(-head_v // columns) <= processors]
     columns = 32 if head_v <= 32 or keys > 128 else min(fits, default=64)
-    for stages in (1,) if single and not fits else (3, 2, 1):
+    most = 1 if single and not fits else 3
+    for stages in (3, 2, 1):
         left = 2 * (3 * CHUNK * keys + CHUNK * CHUNK)  # q, k, X and P' of a chunk
         right = 2 * CHUNK * columns + 8 * CHUNK + 4  # v and factors
-        if stages * left + (stages - 1) * right + 2 * keys * columns <= shared:
+        if stages <= most and stages * left + (stages - 1) * right + 2 * keys * columns <= shared:
             break
     return Tiles(columns, 8 if keys > 128 else 4, stages)
 

@@ -74,10 +74,9 @@ def _panel_of(row: Row) -> str:
 
 
 def _main_layout(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the heads that were measured most, the last of equals."""
+    """The rows of the heads that were measured most, the first of equals."""
     counts = Counter(row.heads for row in rows)
-    most = max(reversed(counts), key=counts.__getitem__, default="")
-    return [row for row in rows if row.heads == most]
+    return [row for row in rows if row.heads == max(counts, key=counts.__getitem__)]
 
 
 def _lines(title: str, panels: Sequence[Sequence[Row]], y: str) -> Figure | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gated_delta.bench.cases import MODELS, NO_MODEL, Case
-from gated_delta.bench.peers import OURS
+from gated_delta.bench.peers import OURS, version_of
 from gated_delta.errors import OptionError
 
 CEILINGS, ABSENT = "ceilings", "absent"
@@ -75,11 +75,11 @@ class Row:
 
 
 def row_of(case: Case, contender: str, **measured: Any) -> Row:
-    """A row with the columns that the case gives."""
+    """A row with the columns that the case and the contender give."""
     return Row(
         case.group, case.name, contender, model=MODELS.get(case.heads, NO_MODEL)[0], heads=str(case.heads),
         form=case.form, size=case.size, rows=len(case.lengths), tokens=sum(case.lengths), state=case.state,
-        gates=case.gates, **measured,
+        gates=case.gates, version=version_of(contender), **measured,
     )  # fmt: skip
 
 

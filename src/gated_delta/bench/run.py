@@ -104,8 +104,7 @@ class Worker:
                 if not bounds:
                     continue
                 error, fault = _check(bounds[0], sets[0], truth)
-                facts = {"error": error, "note": fault, "version": peers.version_of(name)}
-                self._rows[name] = row_of(case, name, status="wrong" if fault else "ok", **facts)
+                self._rows[name] = row_of(case, name, status="wrong" if fault else "ok", error=error, note=fault)
                 if not fault:
                     for bound in bounds[1:]:
                         bound.call()
@@ -142,8 +141,7 @@ class Worker:
             except RuntimeError:
                 self._say(name, note)
                 os._exit(3)
-            who = name or peers.OURS
-            self._rows[who] = row_of(case, who, status="failed", note=note, version=peers.version_of(who))
+            self._rows[name] = row_of(case, name or peers.OURS, status="failed", note=note)
 
     def _say(self, contender: str, what: str) -> None:
         self.pipe.send(Step(self._case, contender, what))

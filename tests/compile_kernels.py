@@ -236,7 +236,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     bound, traits, rest = bind(*launch.args, **launch.constants, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, rest, bound, traits, None)
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
-    with newest_assembler(divmod(target.arch, 10)):
+    with newest_assembler(divmod(int(target.arch), 10)):
         return triton.compile(source, target=target, options=options)
 
 

@@ -16,6 +16,7 @@ from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, prefill_inputs, to_device, with_state
 from helpers import DEVICE, FLOATS, Pool, nans, prefill, same_bits, sequences, span, tokens
+from prefill_helpers import assert_right, constant, every_fifth, run, spread, unit
 
 host = import_module("gated_delta.kernels.gluon.prefill")
 OPERATORS = import_module("gated_delta.kernels.triton")
@@ -34,41 +35,6 @@ def in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(lengths: Any = (70, 0, 5), *, state: torch.dtype = torch.float32, **options: Any) -> Inputs:
     sizes = {"hq": 1, "hk": 1, "hv": 1, "head_k": 128, "head_v": 128}
     return with_state(prefill_inputs(lengths, **{**sizes, **options}), dtype=state)
-
-
-def run(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
-    """Output and final state, on the CPU."""
-    output, state = prefill(to_device({**inputs, **options}, DEVICE), backend="triton")
-    return output.cpu(), state.cpu()
-
-
-def spread(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-    """An index tensor with a stride, on the device."""
-    return torch.tensor(values, dtype=dtype, device=DEVICE).repeat_interleave(3)[::3]
-
-
-def assert_right(inputs: Inputs, output: Tensor, state: Tensor) -> None:
-    """Judged by a plain evaluation that rounds what enters a product, S and u, to the activations' dtype."""
-    plain = oracle.prefill(**inputs, dtype=torch.float32, operands=inputs["q"].dtype)
-    exact = oracle.prefill(**inputs)
-    assert_within_budget("output", output.cpu(), plain.output, exact.output)
-    assert_within_budget("state", state.cpu(), plain.state, exact.state)
-
-
-def every_fifth(inputs: Inputs, name: str, *values: float) -> Inputs:
-    changed = inputs[name].clone()
-    for i, row in enumerate(range(2, len(changed), 5)):
-        changed[row] = values[i % len(values)]
-    return {**inputs, name: changed}
-
-
-def constant(inputs: Inputs, name: str, value: float) -> Inputs:
-    return {**inputs, name: torch.full_like(inputs[name], value)}
-
-
-def unit(inputs: Inputs, factor: float) -> Inputs:
-    """Q and k of another length, for the operator to normalise."""
-    return {**inputs, **{name: inputs[name] * factor for name in "qk"}, "use_qk_l2norm_in_kernel": True}
 
 
 GATES: dict[str, Callable[[torch.dtype], Inputs]] = {

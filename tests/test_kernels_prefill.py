@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gated_delta.errors import BackendError
 from gated_delta.testing import oracle
@@ -28,6 +27,7 @@ from helpers import (
     span,
     tokens,
 )
+from prefill_helpers import assert_right, constant, every_fifth, rounded, run, spread, unit
 
 host = import_module("gated_delta.kernels.triton.prefill")
 LOW = (torch.bfloat16, torch.float16)
@@ -47,19 +47,8 @@ def small(lengths: Any = (70, 0, 5), *, state: torch.dtype = torch.float32, **op
     return with_state(prefill_inputs(lengths, **{**sizes, **options}), dtype=state)
 
 
-def spread(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-    """An index tensor with a stride, on the device."""
-    return torch.tensor(values, dtype=dtype, device=DEVICE).repeat_interleave(3)[::3]
-
-
 def without(inputs: Inputs, left_out: str) -> Inputs:
     return {name: value for name, value in inputs.items() if name != left_out}
-
-
-def run(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
-    """Output and final state, on the CPU."""
-    output, state = prefill(to_device({**inputs, **options}, DEVICE), backend="triton")
-    return output.cpu(), state.cpu()
 
 
 def on_device(pool: Pool) -> Pool:
@@ -67,33 +56,6 @@ def on_device(pool: Pool) -> Pool:
     pool.page, pool._before = pool.page.to(DEVICE), pool._before.to(DEVICE)
     pool.view = pool._cut(pool.page)
     return pool
-
-
-def rounded(inputs: Inputs, every: int = 0) -> oracle.Evaluation:
-    """The plain evaluation with what tensor cores multiply rounded to the activations' dtype."""
-    return oracle.prefill(**inputs, checkpoint_every_n_tokens=every, dtype=torch.float32, operands=inputs["q"].dtype)
-
-
-def assert_right(inputs: Inputs, output: Tensor, state: Tensor) -> None:
-    plain, exact = rounded(inputs), oracle.prefill(**inputs)
-    assert_within_budget("output", output.cpu(), plain.output, exact.output)
-    assert_within_budget("state", state.cpu(), plain.state, exact.state)
-
-
-def every_fifth(inputs: Inputs, name: str, *values: float) -> Inputs:
-    changed = inputs[name].clone()
-    for i, row in enumerate(range(2, len(changed), 5)):
-        changed[row] = values[i % len(values)]
-    return {**inputs, name: changed}
-
-
-def constant(inputs: Inputs, name: str, value: float) -> Inputs:
-    return {**inputs, name: torch.full_like(inputs[name], value)}
-
-
-def unit(inputs: Inputs, factor: float) -> Inputs:
-    """Q and k of another length, for the operator to normalise."""
-    return {**inputs, **{name: inputs[name] * factor for name in "qk"}, "use_qk_l2norm_in_kernel": True}
 
 
 GATES: dict[str, Callable[[torch.dtype], Inputs]] = {

@@ -94,8 +94,9 @@ def _separate_refuses(request: Request) -> str | None:
 
 BACKENDS = (
     Backend("cpu", "plain torch, fp32 arithmetic", _cpu_refuses),
-    Backend("triton", "Triton kernels for any GPU", _fused_refuses),
+    # Before the fused step, until that has run on a GPU.
     Backend("separate", "convolution, rule and norm by Triton kernels of their own", _separate_refuses),
+    Backend("triton", "Triton kernels for any GPU", _fused_refuses),
 )
 """A backend's name is that of its module in :mod:`gated_delta.kernels`."""
 

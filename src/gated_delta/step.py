@@ -19,7 +19,7 @@ def gated_delta_net_step(
     null_slot: int | None = None, output: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Convolution with silu, L2 norm, gates, the rule and the gated norm for one token of every row, or for the ragged
-    rows of a speculative step; both states are updated in place. One launch where explain() says "triton".
+    rows of a speculative step; both states are updated in place. One launch with ``backend="triton"``.
 
     The tokens' inputs are views of what the projections gave, in any layout; each of ``H`` key heads serves ``R`` value
     heads. Arithmetic is fp32, rounded once.

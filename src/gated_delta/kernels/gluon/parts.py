@@ -23,13 +23,13 @@ from gated_delta.kernels.gluon.prefill_kernel import WIDE, barriers, buffers, ke
 
 
 @gluon.jit
-def keep_summary(unit, rest, STAGES: gl.constexpr, FINE: gl.constexpr, HALF: gl.constexpr):
+def keep_summary(unit, rest, STAGES: gl.constexpr, HALF: gl.constexpr):
     """:func:`keep` from zero, or from the unit matrix, without outputs."""
     states, places, chunks, length, tiles, signals = rest
     row = (HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, WIDE)))[:, None]
     column = gl.arange(0, 128, gl.SliceLayout(0, WIDE))[None, :]
     S = gl.where((row == column) & unit, 1.0, 0.0)
-    keep(S, states, places, chunks, length, tiles, None, signals, STAGES, FINE, False, HALF)
+    keep(S, states, places, chunks, length, tiles, None, signals, STAGES, False, HALF)
 
 
 @gluon.jit(do_not_specialize=["null_slot", "N"])
@@ -37,7 +37,7 @@ def summary(
     k, v, g, beta, cu_seqlens, slots, maps, null_slot, N,
     k_row, k_head, v_row, v_head, cu_stride, slot_stride, g_row, g_head, beta_row, beta_head,
     RK: gl.constexpr, RV: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, PART: gl.constexpr,
-    STAGES: gl.constexpr, FINE: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """B (program 0 of the last dimension) or A (1) of a part that is not the last one of its sequence, for a head:
     ``maps[place, head]``.
@@ -59,8 +59,8 @@ def summary(
     values = gl.where(unit, 0, part)  # rows of v that are loaded, the others are zero
     rest = ((maps, None, None), (chunks > 0, 0, 64, 128, 0, 0, 0), chunks, part, tiles, signals)
     gl.warp_specialize([
-        (keep_summary, (unit, rest, STAGES, FINE, gl.constexpr(0))),
-        (keep_summary, (unit, rest, STAGES, FINE, gl.constexpr(1))),
+        (keep_summary, (unit, rest, STAGES, gl.constexpr(0))),
+        (keep_summary, (unit, rest, STAGES, gl.constexpr(1))),
         (prepare, (gates, chunks, part, 1.0, tiles, own, signals, STAGES, NORM, LOG, gl.constexpr(False))),
         (load, ((k, k, v, k_row, k_row, v_row), chunks, part, values, tiles, signals, STAGES, gl.constexpr(False))),
     ], [4, 4, 4], REGISTERS)  # fmt: skip

@@ -80,7 +80,7 @@ def prefill(
     part = part_length(total, count, heads, _processors(q.device))
     constants: dict[str, Any] = {
         "RK": heads // k.shape[1], "RV": heads // v.shape[1], "NORM": use_qk_l2norm, "LOG": log_gates, "PART": part,
-        "STAGES": STAGES, "FINE": True,
+        "STAGES": STAGES,
     }  # fmt: skip
     places = count
     if part:

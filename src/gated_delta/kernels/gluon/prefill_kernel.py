@@ -80,11 +80,11 @@ def first_state(base, line, is_there, HALF: gl.constexpr):
 @gluon.jit
 def keep(
     S, states, places, chunks, length, tiles, sO, signals,
-    STAGES: gl.constexpr, FINE: gl.constexpr, OUT: gl.constexpr, HALF: gl.constexpr,
+    STAGES: gl.constexpr, OUT: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """64 values of the state through all chunks. What the next step needs is waited for while longer products run.
 
-    FINE: U enters the state in two 16-bit parts. One alone costs the state most of its error budget where keys are
+    U enters the state in two 16-bit parts. One alone costs the state most of its error budget where keys are
     similar, for a chunk does not see its own rounding, as a loop over tokens does.
     """
     final, kept, output = states
@@ -122,10 +122,8 @@ def keep(
         U_left = U * shared.index(vectors + TO_STATE).load(c)[None, :]
         decayed = gl.convert_layout(U_left.to(dtype), left)
         s = warpgroup_mma(decayed, sK.index(stage), S, is_async=True)
-        rest = decayed
-        if FINE:
-            rest = gl.convert_layout((U_left - U_left.to(dtype).to(gl.float32)).to(dtype), left)
-            s = warpgroup_mma(rest, sK.index(stage), s, is_async=True)
+        rest = gl.convert_layout((U_left - U_left.to(dtype).to(gl.float32)).to(dtype), left)
+        s = warpgroup_mma(rest, sK.index(stage), s, is_async=True)
         if OUT:
             now = gl.convert_layout(U.to(dtype), left)
             o = warpgroup_mma(now, sP.index(buffer).permute((1, 0)), outcome, is_async=True)
@@ -148,11 +146,11 @@ def keep(
 
 
 @gluon.jit
-def keep_from(source, s_line, is_there, rest, STAGES: gl.constexpr, FINE: gl.constexpr, HALF: gl.constexpr):
+def keep_from(source, s_line, is_there, rest, STAGES: gl.constexpr, HALF: gl.constexpr):
     """:func:`keep` from a state in memory, with outputs."""
     states, places, chunks, length, tiles, sO, signals = rest
     S = first_state(source, s_line, is_there, HALF)
-    keep(S, states, places, chunks, length, tiles, sO, signals, STAGES, FINE, True, HALF)
+    keep(S, states, places, chunks, length, tiles, sO, signals, STAGES, True, HALF)
 
 
 @gluon.jit
@@ -248,7 +246,7 @@ def prefill(
     q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head, cu_stride, slot_stride, has_stride, starts_stride,
     s_slot, s_head, s_line, f_slot, f_head, f_line, c_row, c_head, c_line, g_row, g_head, beta_row, beta_head,
     RQ: gl.constexpr, RK: gl.constexpr, RV: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr,
-    ZERO_PADDING: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, FINE: gl.constexpr, REGISTERS: gl.constexpr,
+    ZERO_PADDING: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A head of a sequence, or with PART > 0 of so many tokens of one, from a state that is at its place in ``source``.
     The last programs write zeros behind the last sequence, if wanted.
@@ -297,8 +295,8 @@ def prefill(
     low = (states, places, chunks, part, tiles, sO.index(0), signals)
     high = (states, places, chunks, part, tiles, sO.index(1), signals)
     gl.warp_specialize([
-        (keep_from, (source, s_line, is_there, low, STAGES, FINE, gl.constexpr(0))),
-        (keep_from, (source, s_line, is_there, high, STAGES, FINE, gl.constexpr(1))),
+        (keep_from, (source, s_line, is_there, low, STAGES, gl.constexpr(0))),
+        (keep_from, (source, s_line, is_there, high, STAGES, gl.constexpr(1))),
         (prepare, (gates, chunks, part, scale, tiles, own, signals, STAGES, NORM, LOG, gl.constexpr(True))),
         (load, ((q, k, v, q_row, k_row, v_row), chunks, part, part, tiles, signals, STAGES, gl.constexpr(True))),
     ], [4, 4, 4], REGISTERS)  # fmt: skip

@@ -32,18 +32,18 @@ def keep_summary(unit, rest, STAGES: gl.constexpr, HALF: gl.constexpr):
     keep(S, states, places, chunks, length, tiles, None, signals, STAGES, False, HALF)
 
 
-@gluon.jit(do_not_specialize=["null_slot", "N"])
+@gluon.jit(do_not_specialize=["null_slot", "N", "size"])
 def summary(
-    k, v, g, beta, cu_seqlens, slots, maps, null_slot, N,
+    k, v, g, beta, cu_seqlens, slots, maps, null_slot, N, size,
     k_row, k_head, v_row, v_head, cu_stride, slot_stride, g_row, g_head, beta_row, beta_head,
-    RK: gl.constexpr, RV: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, PART: gl.constexpr,
+    RK: gl.constexpr, RV: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """B (program 0 of the last dimension) or A (1) of a part that is not the last one of its sequence, for a head:
     ``maps[place, head]``.
     """
     head, place, unit = gl.program_id(0).to(gl.int64), gl.program_id(1), gl.program_id(2) == 1
-    _, slot, begin, length, before, part = part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, PART)
+    _, slot, begin, length, before, part = part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS)
     if (slot < 0) | (before + part >= length):
         return
     first = begin + before
@@ -66,10 +66,10 @@ def summary(
     ], [4, 4, 4], REGISTERS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["null_slot"])
+@triton.jit(do_not_specialize=["null_slot", "size"])
 def states_before(
-    maps, cu_seqlens, slots, source, has_state, states, null_slot, cu_stride, slot_stride, has_stride, s_slot, s_head,
-    s_line, PART: tl.constexpr, ROWS: tl.constexpr,
+    maps, cu_seqlens, slots, source, has_state, states, null_slot, size, cu_stride, slot_stride, has_stride, s_slot, s_head,
+    s_line, ROWS: tl.constexpr,
 ):  # fmt: skip
     """``states[place, head]`` for all parts of a sequence, ROWS values of a head in a program."""
     tile, head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -89,12 +89,12 @@ def states_before(
             inside = inside & (tl.load(has_state + sequence * has_stride) != 0)
         at = source + slot * s_slot + head * s_head + row.to(tl.int64) * s_line + column
         S = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    first = (begin // PART + sequence) * tl.num_programs(1) + head
+    first = (begin // size + sequence) * tl.num_programs(1) + head
     states += first * (128 * 128) + row * 128 + column
     maps += first * (2 * 128 * 128)
     step = tl.num_programs(1).to(tl.int64) * (128 * 128)
     tl.store(states, S)
-    for i in tl.range(1, (length + PART - 1) // PART, num_stages=2):
+    for i in tl.range(1, (length + size - 1) // size, num_stages=2):
         own = maps + (i - 1) * 2 * step
         A = tl.load(own + 128 * 128 + tl.arange(0, 128)[:, None] * 128 + column)
         S = tl.dot(S, A, tl.load(own + row * 128 + column), input_precision="tf32x3")

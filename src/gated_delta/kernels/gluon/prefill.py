@@ -79,18 +79,18 @@ def prefill(
     g, beta = (_one(q.device).expand(total, heads) if x is None else x for x in (g, beta))
     part = part_length(total, count, heads, _processors(q.device))
     constants: dict[str, Any] = {
-        "RK": heads // k.shape[1], "RV": heads // v.shape[1], "NORM": use_qk_l2norm, "LOG": log_gates, "PART": part,
+        "RK": heads // k.shape[1], "RV": heads // v.shape[1], "NORM": use_qk_l2norm, "LOG": log_gates, "PARTS": part > 0,
         "STAGES": STAGES,
     }  # fmt: skip
     places = count
     if part:
         places += total // part
         given = (source, has_initial_state)
-        source = _states_before(k, v, g, beta, cu_seqlens, state_indices, null_slot, *given, places, constants)
+        source = _states_before(k, v, g, beta, cu_seqlens, state_indices, null_slot, *given, part, places, constants)
         has_initial_state = None
     args = (
         q, k, v, g, beta, cu_seqlens, state_indices, source, has_initial_state, final_state, checkpoints,
-        checkpoint_starts, output, scale, null_slot, total, count, checkpoint_every,
+        checkpoint_starts, output, scale, null_slot, total, count, part, checkpoint_every,
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
         *strides(state_indices, 0), *strides(has_initial_state, 0), *strides(checkpoint_starts, 0),
         *strides(source, 0, 1, 2), *strides(final_state, 0, 1, 2), *strides(checkpoints, 0, 1, 2), *strides(g, 0, 1),
@@ -104,20 +104,20 @@ def prefill(
 
 def _states_before(
     k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, state_indices: Tensor | None, null_slot: int,
-    source: Tensor | None, has_initial_state: Tensor | None, places: int, constants: dict[str, Any],
+    source: Tensor | None, has_initial_state: Tensor | None, part: int, places: int, constants: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """The states that parts start from, ``[places, HV, V, K]`` fp32."""
     heads, count = g.shape[1], cu_seqlens.shape[0] - 1
     maps = k.new_empty(places, heads, 2, 128, 128, dtype=torch.float32)
     states = k.new_empty(places, heads, 128, 128, dtype=torch.float32)
     args = (
-        k, v, g, beta, cu_seqlens, state_indices, maps, null_slot, count, *strides(k, 0, 1), *strides(v, 0, 1),
+        k, v, g, beta, cu_seqlens, state_indices, maps, null_slot, count, part, *strides(k, 0, 1), *strides(v, 0, 1),
         *strides(cu_seqlens, 0), *strides(state_indices, 0), *strides(g, 0, 1), *strides(beta, 0, 1),
     )  # fmt: skip
     launch(summary, (heads, places, 2), args, {**constants, "REGISTERS": SUMMARY_REGISTERS}, warps=4)
     args = (
-        maps, cu_seqlens, state_indices, source, has_initial_state, states, null_slot, *strides(cu_seqlens, 0),
+        maps, cu_seqlens, state_indices, source, has_initial_state, states, null_slot, part, *strides(cu_seqlens, 0),
         *strides(state_indices, 0), *strides(has_initial_state, 0), *strides(source, 0, 1, 2),
     )  # fmt: skip
-    launch(states_before, (128 // ROWS, heads, count), args, {"PART": constants["PART"], "ROWS": ROWS}, warps=8)
+    launch(states_before, (128 // ROWS, heads, count), args, {"ROWS": ROWS}, warps=8)
     return states

@@ -202,9 +202,9 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def sequence_of(cu_seqlens, stride, N, place, PART: gl.constexpr):
+def sequence_of(cu_seqlens, stride, N, place, size):
     """The sequence that has this place: the last one whose places begin at or before it. Sequence i has places from
-    ``cu_seqlens[i] // PART + i`` on, enough for any lengths. Every step looks at 128.
+    ``cu_seqlens[i] // size + i`` on, enough for any lengths. Every step looks at 128.
     """
     line: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     found = gl.to_tensor(0)
@@ -212,26 +212,26 @@ def sequence_of(cu_seqlens, stride, N, place, PART: gl.constexpr):
     while width > 1:
         step = (width + 127) // 128
         i = found + step * gl.arange(0, 128, line)
-        base = gl.load(cu_seqlens + i.to(gl.int64) * stride, mask=i < N, other=0).to(gl.int64) // PART + i
+        base = gl.load(cu_seqlens + i.to(gl.int64) * stride, mask=i < N, other=0).to(gl.int64) // size + i
         found += step * (gl.sum(((base <= place) & (i < N)).to(gl.int32), axis=0) - 1)
         width = step
     return found
 
 
 @gluon.jit
-def part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, PART: gl.constexpr):
-    """What this place stands for: sequence, its slot (negative for padding), its first token, its length, the tokens
+def part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS: gl.constexpr):
+    """What this place stands for, a sequence or with PARTS one of ``size`` tokens: sequence, its slot (negative for padding), its first token, its length, the tokens
     of it that come before this part, and those of the part.
     """
     sequence, before = place, gl.to_tensor(0)
-    if PART > 0:
-        sequence = sequence_of(cu_seqlens, cu_stride, N, place, PART)
+    if PARTS:
+        sequence = sequence_of(cu_seqlens, cu_stride, N, place, size)
     begin = gl.load(cu_seqlens + sequence * cu_stride).to(gl.int64)
     length = (gl.load(cu_seqlens + (sequence + 1) * cu_stride).to(gl.int64) - begin).to(gl.int32)
     part = length
-    if PART > 0:
-        before = (place - (begin // PART + sequence)).to(gl.int32) * PART
-        part = gl.minimum(length - before, PART)
+    if PARTS:
+        before = (place - (begin // size + sequence)).to(gl.int32) * size
+        part = gl.minimum(length - before, size)
     slot = sequence.to(gl.int64)
     if slots is not None:
         slot = gl.load(slots + slot * slot_stride).to(gl.int64)
@@ -239,16 +239,16 @@ def part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, PART
     return sequence.to(gl.int64), slot, begin, length, before, part
 
 
-@gluon.jit(do_not_specialize=["null_slot", "L", "N"])
+@gluon.jit(do_not_specialize=["null_slot", "L", "N", "size"])
 def prefill(
     q, k, v, g, beta, cu_seqlens, slots, source, has_state, final, checkpoints, checkpoint_starts, output,
-    scale, null_slot, L, N, every,
+    scale, null_slot, L, N, size, every,
     q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head, cu_stride, slot_stride, has_stride, starts_stride,
     s_slot, s_head, s_line, f_slot, f_head, f_line, c_row, c_head, c_line, g_row, g_head, beta_row, beta_head,
     RQ: gl.constexpr, RK: gl.constexpr, RV: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr,
-    ZERO_PADDING: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    ZERO_PADDING: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """A head of a sequence, or with PART > 0 of so many tokens of one, from a state that is at its place in ``source``.
+    """A head of a sequence, or with PARTS of ``size`` tokens of one, from a state that is at its place in ``source``.
     The last programs write zeros behind the last sequence, if wanted.
     """
     head, place = gl.program_id(0).to(gl.int64), gl.program_id(1)
@@ -258,7 +258,7 @@ def prefill(
             zero_rows(output, gl.load(cu_seqlens + N * cu_stride).to(gl.int64), gl.to_tensor(L).to(gl.int64), o_row)
             return
     sequence, slot, begin, length, before, part = part_of(
-        cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, PART
+        cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS
     )
     first = begin + before
     if slot < 0:
@@ -268,7 +268,7 @@ def prefill(
     if (part <= 0) & (before > 0):
         return
     is_there = slot >= 0
-    if PART > 0:
+    if PARTS:
         source += place.to(gl.int64) * s_slot + head * s_head
     elif source is not None:
         source += slot * s_slot + head * s_head

@@ -31,8 +31,8 @@ class Value:
     dtype = property(lambda self: GLUON[self.data.dtype])
     shape = property(lambda self: tuple(self.data.shape))
 
-    def to(self, dtype: Any) -> Value:
-        return Value(self.data.to(TORCH[dtype]))
+    def to(self, dtype: Any, bitcast: bool = False) -> Value:
+        return Value(self.data.view(TORCH[dtype]) if bitcast else self.data.to(TORCH[dtype]))
 
     def __getitem__(self, index: Any) -> Value:
         return Value(self.data[index])

@@ -260,7 +260,7 @@ def test_the_order_in_which_partitions_run_changes_no_bit(monkeypatch: pytest.Mo
 @pytest.fixture(params=[64, 128])
 def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tokens of a part, for the tests that want parts of short sequences."""
-    monkeypatch.setattr(host, "part_length", lambda *_: request.param)
+    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(2, request.param))
     return request.param
 
 
@@ -306,5 +306,5 @@ def test_parts_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a sequence's bits would hang on the batch, and a checkpoint would not be the final state of a prefix."""
     inputs = small([256], gates="weak")
     whole = run(inputs)
-    monkeypatch.setattr(host, "part_length", lambda *_: 128)
+    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(2, 128))
     assert all(same_bits(x, y) for x, y in zip(whole, run(inputs), strict=True))

@@ -18,52 +18,62 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from gated_delta.kernels.gluon.chunk import prepare
-from gated_delta.kernels.gluon.prefill_kernel import WIDE, barriers, buffers, keep, load, part_of, scratch
+from gated_delta.kernels.gluon.chain import (
+    STAGES,
+    WIDE,
+    barriers,
+    buffers,
+    keep,
+    load,
+    part_of,
+)
+from gated_delta.kernels.gluon.prepare import VECTORS, WORK
 
 
 @gluon.jit
-def keep_summary(unit, rest, STAGES: gl.constexpr, HALF: gl.constexpr):
+def keep_summary(unit, rest, GROUP: gl.constexpr):
     """:func:`keep` from zero, or from the unit matrix, without outputs."""
-    states, places, chunks, length, tiles, signals = rest
-    row = (HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, WIDE)))[:, None]
+    states, places, chunks, tiles, signals = rest
+    row = (GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, WIDE)))[:, None]
     column = gl.arange(0, 128, gl.SliceLayout(0, WIDE))[None, :]
     S = gl.where((row == column) & unit, 1.0, 0.0)
-    keep(S, states, places, chunks, length, tiles, None, signals, STAGES, False, HALF)
+    keep(S, states, places, chunks, 64, tiles, None, signals, 2, False, GROUP)
 
 
 @gluon.jit(do_not_specialize=["null_slot", "N", "size"])
 def summary(
-    k, v, g, beta, cu_seqlens, slots, maps, null_slot, N, size,
-    k_row, k_head, v_row, v_head, cu_stride, slot_stride, g_row, g_head, beta_row, beta_head,
-    RK: gl.constexpr, RV: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    k, v, work, vectors, cu_seqlens, slots, maps, null_slot, N, size,
+    k_row, k_head, v_row, v_head, cu_stride, slot_stride,
+    RK: gl.constexpr, RV: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """B (program 0 of the last dimension) or A (1) of a part that is not the last one of its sequence, for a head:
     ``maps[place, head]``.
     """
     head, place, unit = gl.program_id(0).to(gl.int64), gl.program_id(1), gl.program_id(2) == 1
-    _, slot, begin, length, before, part = part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS)
+    sequence, slot, begin, length, before, part = part_of(
+        cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, True
+    )
     if (slot < 0) | (before + part >= length):
         return
-    first = begin + before
+    first, heads = begin + before, gl.num_programs(0)
     k += first * k_row + head // RK * k_head
     v += first * v_row + head // RV * v_head
-    gates = (g + first * g_row + head * g_head, beta + first * beta_row + head * beta_head, g_row, beta_row)
-    maps += ((place.to(gl.int64) * gl.num_programs(0) + head) * 2 + gl.program_id(2)) * (128 * 128)
-    dtype: gl.constexpr = k.dtype.element_ty
-    tiles = buffers(dtype, STAGES)
-    own, shared = scratch()
-    signals = (shared, barriers(STAGES, 128), barriers(STAGES, 3), barriers(2, 1), barriers(2, 2))
-    chunks = (part + 63) // 64
+    chunk = (begin // 64 + sequence + before // 64) * heads + head
+    work, vectors = work + chunk * WORK, vectors + chunk * VECTORS
+    maps += ((place.to(gl.int64) * heads + head) * 2 + gl.program_id(2)) * (128 * 128)
+    tiles = buffers(k.dtype.element_ty, 2)
+    signals = (barriers(STAGES, 128), barriers(STAGES, 2), barriers(2, 128), barriers(2, 2))
+    chunks, step = (part + 63) // 64, heads.to(gl.int64)
     values = gl.where(unit, 0, part)  # rows of v that are loaded, the others are zero
-    rest = ((maps, None, None), (chunks > 0, 0, 64, 128, 0, 0, 0), chunks, part, tiles, signals)
+    places = (chunks > 0, 0, 64, 128, 0, 0, 0)
+    rest = ((maps, None, None), places, chunks, tiles, signals)
+    tensors, steps = (k, k, v, work, vectors), (k_row, k_row, v_row, step)
+    loads = (tensors, steps, chunks, part, values, tiles, signals)
     gl.warp_specialize([
-        (keep_summary, (unit, rest, STAGES, gl.constexpr(0))),
-        (keep_summary, (unit, rest, STAGES, gl.constexpr(1))),
-        (prepare, (gates, chunks, part, 1.0, tiles, own, signals, STAGES, NORM, LOG, gl.constexpr(False))),
-        (load, ((k, k, v, k_row, k_row, v_row), chunks, part, values, tiles, signals, STAGES, gl.constexpr(False))),
-    ], [4, 4, 4], REGISTERS)  # fmt: skip
+        (keep_summary, (unit, rest, gl.constexpr(0))),
+        (keep_summary, (unit, rest, gl.constexpr(1))),
+        (load, (loads, gl.constexpr(2), gl.constexpr(False))),
+    ], [4, 4], REGISTERS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["null_slot", "size"])

@@ -4,38 +4,53 @@ follow from shapes alone, for CUDA graphs.
 
 from __future__ import annotations
 
+import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gated_delta.kernels.gluon.chain import chain
 from gated_delta.kernels.gluon.parts import states_before, summary
-from gated_delta.kernels.gluon.prefill_kernel import prefill as whole
+from gated_delta.kernels.gluon.prepare import VECTORS, WORK, prepare
 from gated_delta.kernels.triton.launch import launch, strides
 
 CHUNK = 64
-STAGES = 2
-REGISTERS, SUMMARY_REGISTERS = (192, 104, 24), (176, 128, 32)
-"""Of a thread that keeps half of the state, prepares, loads; that of the other half has what 512 leave. With fewer for
-the first two, ptxas makes every product wait for the one before it.
-"""
+REGISTERS = {1: (56,), 2: (216, 72)}
+"""By groups that keep 64 values each: of a thread of the second group, and of one that loads."""
+PREPARE_REGISTERS = 128
+"""Four programs of :func:`prepare` on a processor."""
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
-CHUNK_US, SUMMARY_US, PART_US, SPLIT_US = 2.3, 1.7, 1.5, 8.0
-"""What a chunk takes, a chunk of a summary, a part on the way through a sequence, and two launches more."""
+ALONE_US, CHUNK_US, SUMMARY_US, PART_US, SPLIT_US = 0.75, 1.1, 0.9, 1.5, 8.0
+"""What a chunk takes where one group has a processor, where two have, one of a summary; a part on the way through a
+sequence; and two launches more.
+"""
 
 
-def part_length(total: int, count: int, heads: int, processors: int) -> int:
-    """Tokens of a part, or 0 for whole sequences: what is soonest done, if all sequences are as long as the mean."""
+class Plan(NamedTuple):
+    """How the chunks are gone through."""
+
+    groups: int
+    """Of 64 values of a state, in a program."""
+    part: int
+    """Tokens of a part, 0 for whole sequences."""
+
+
+def plan(total: int, count: int, heads: int, processors: int) -> Plan:
+    """What is soonest done, if all sequences are as long as the mean."""
     chunks = -(-total // (CHUNK * max(count, 1)))
-    best, least = 0, -(-count * heads // processors) * chunks * CHUNK_US
-    for parts in range(2, min(chunks, processors) + 1):
+    states = count * heads
+    best, least = Plan(2, 0), math.inf
+    for parts in range(1, min(chunks, processors) + 1):
         length = -(-chunks // parts)
-        waves = -(-2 * count * heads * (parts - 1) // processors), -(-count * heads * parts // processors)
-        needed = length * (waves[0] * SUMMARY_US + waves[1] * CHUNK_US) + parts * PART_US + SPLIT_US
-        if needed < least:
-            best, least = length * CHUNK, needed
+        summaries = -(-2 * states * (parts - 1) // processors) * SUMMARY_US * length
+        split = parts * PART_US + SPLIT_US if parts > 1 else 0.0
+        for groups, each in ((2, CHUNK_US), (1, ALONE_US)):
+            needed = -(-states * parts * 2 // (groups * processors)) * each * length + summaries + split
+            if needed < least:
+                best, least = Plan(groups, length * CHUNK if parts > 1 else 0), needed
     return best
 
 
@@ -75,46 +90,68 @@ def prefill(
     """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits."""
     (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
     source = final_state if in_place else initial_state
-    log_gates = log_gates and g is not None
-    g, beta = (_one(q.device).expand(total, heads) if x is None else x for x in (g, beta))
-    part = part_length(total, count, heads, _processors(q.device))
-    constants: dict[str, Any] = {
-        "RK": heads // k.shape[1], "RV": heads // v.shape[1], "NORM": use_qk_l2norm, "LOG": log_gates, "PARTS": part > 0,
-        "STAGES": STAGES,
-    }  # fmt: skip
+    groups, part = plan(total, count, heads, _processors(q.device))
+    if total == 0 and count == 0:
+        return
+    before = _prepared(q, k, g, beta, cu_seqlens, state_indices, null_slot, scale, use_qk_l2norm, log_gates, heads)
     places = count
     if part:
         places += total // part
-        given = (source, has_initial_state)
-        source = _states_before(k, v, g, beta, cu_seqlens, state_indices, null_slot, *given, part, places, constants)
+        given = (source, has_initial_state, part, places)
+        source = _states_before(k, v, *before, cu_seqlens, state_indices, null_slot, *given)
         has_initial_state = None
     args = (
-        q, k, v, g, beta, cu_seqlens, state_indices, source, has_initial_state, final_state, checkpoints,
-        checkpoint_starts, output, scale, null_slot, total, count, part, checkpoint_every,
+        q, k, v, *before, cu_seqlens, state_indices, source, has_initial_state, final_state, checkpoints,
+        checkpoint_starts, output, null_slot, total, count, part, checkpoint_every,
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
         *strides(state_indices, 0), *strides(has_initial_state, 0), *strides(checkpoint_starts, 0),
-        *strides(source, 0, 1, 2), *strides(final_state, 0, 1, 2), *strides(checkpoints, 0, 1, 2), *strides(g, 0, 1),
-        *strides(beta, 0, 1),
+        *strides(source, 0, 1, 2), *strides(final_state, 0, 1, 2), *strides(checkpoints, 0, 1, 2),
     )  # fmt: skip
-    own = {"RQ": heads // q.shape[1], "ZERO_PADDING": zero_padding, "REGISTERS": REGISTERS}
-    grid = (heads, places + zero_padding)  # the last programs are for the tokens behind the last sequence
+    constants: dict[str, Any] = {
+        "RQ": heads // q.shape[1], "RK": heads // k.shape[1], "RV": heads // v.shape[1], "GROUPS": groups,
+        "PARTS": part > 0, "ZERO_PADDING": zero_padding, "REGISTERS": REGISTERS[groups],
+    }  # fmt: skip
+    grid = (heads * 2 // groups, places + zero_padding)  # the last programs are for the tokens behind the last sequence
     if grid[1] > 0:
-        launch(whole, grid, args, constants | own, warps=4)
+        launch(chain, grid, args, constants, warps=4)
+
+
+def _prepared(
+    q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, cu_seqlens: Tensor, state_indices: Tensor | None,
+    null_slot: int, scale: float, use_qk_l2norm: bool, log_gates: bool, heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What every chunk does: X^T and P', and their vectors."""
+    total, count = q.shape[0], cu_seqlens.shape[0] - 1
+    log_gates = log_gates and g is not None
+    g, beta = (_one(q.device).expand(total, heads) if x is None else x for x in (g, beta))
+    slots = total // CHUNK + count
+    work = q.new_empty(slots, heads, WORK.value)
+    vectors = q.new_empty(slots, heads, VECTORS.value, dtype=torch.float32)
+    args = (
+        q, k, g, beta, cu_seqlens, state_indices, work, vectors, scale, null_slot, count,
+        *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
+        *strides(state_indices, 0),
+    )  # fmt: skip
+    constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1], "NORM": use_qk_l2norm, "LOG": log_gates}
+    if count > 0:
+        launch(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
+    return work, vectors
 
 
 def _states_before(
-    k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, state_indices: Tensor | None, null_slot: int,
-    source: Tensor | None, has_initial_state: Tensor | None, part: int, places: int, constants: dict[str, Any],
+    k: Tensor, v: Tensor, work: Tensor, vectors: Tensor, cu_seqlens: Tensor, state_indices: Tensor | None,
+    null_slot: int, source: Tensor | None, has_initial_state: Tensor | None, part: int, places: int,
 ) -> Tensor:  # fmt: skip
     """The states that parts start from, ``[places, HV, V, K]`` fp32."""
-    heads, count = g.shape[1], cu_seqlens.shape[0] - 1
+    heads, count = work.shape[1], cu_seqlens.shape[0] - 1
     maps = k.new_empty(places, heads, 2, 128, 128, dtype=torch.float32)
     states = k.new_empty(places, heads, 128, 128, dtype=torch.float32)
     args = (
-        k, v, g, beta, cu_seqlens, state_indices, maps, null_slot, count, part, *strides(k, 0, 1), *strides(v, 0, 1),
-        *strides(cu_seqlens, 0), *strides(state_indices, 0), *strides(g, 0, 1), *strides(beta, 0, 1),
+        k, v, work, vectors, cu_seqlens, state_indices, maps, null_slot, count, part, *strides(k, 0, 1),
+        *strides(v, 0, 1), *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
-    launch(summary, (heads, places, 2), args, {**constants, "REGISTERS": SUMMARY_REGISTERS}, warps=4)
+    constants = {"RK": heads // k.shape[1], "RV": heads // v.shape[1], "REGISTERS": REGISTERS[2]}
+    launch(summary, (heads, places, 2), args, constants, warps=4)
     args = (
         maps, cu_seqlens, state_indices, source, has_initial_state, states, null_slot, part, *strides(cu_seqlens, 0),
         *strides(state_indices, 0), *strides(has_initial_state, 0), *strides(source, 0, 1, 2),

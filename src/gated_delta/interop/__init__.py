@@ -1,0 +1,1 @@
+"""Other libraries' signatures on our operators: argument translation, and nothing else."""

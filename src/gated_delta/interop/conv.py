@@ -1,0 +1,72 @@
+"""The causal convolution by the signatures of Dao's causal-conv1d (1.5 and 1.6), which Transformers speaks, too.
+
+An ``ArgumentError`` meets what is not served: seq_idx (``gated_delta.causal_conv1d`` takes cu_seqlens), cache_seqlens
+(a ring), and a pool with more than W-1 columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import gated_delta
+from gated_delta.errors import ShapeError
+from gated_delta.validation.arguments import FLOATS, Arguments
+
+
+def packed(x: Tensor) -> Tensor:
+    """``[B, T, ...]`` as the rows ``[B T, ...]`` that our operators take, copied only where a stride forces it."""
+    x = x.flatten(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def equal_lengths(batch: int, tokens: int, device: torch.device) -> Tensor:
+    """``cu_seqlens`` of sequences of one length."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
+
+
+def causal_conv1d_fn(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None, return_final_states: bool = False, final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """From x ``[B, D, T]`` and states ``[B, D, W-1]`` the same shape as x; with ``return_final_states`` a pair."""
+    args = Arguments("causal_conv1d_fn")
+    args.excluded("seq_idx", seq_idx is not None, "gated_delta.causal_conv1d takes packed sequences, by cu_seqlens")
+    args.tensor("x", x, "B D T", FLOATS, any_stride=True)
+    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    batch, dim, tokens = x.shape
+    states = None if initial_states is None else initial_states.clone()
+    if return_final_states and states is None:
+        states = x.new_zeros(batch, dim, weight.shape[1] - 1)
+    y = gated_delta.causal_conv1d(
+        packed(x.mT), weight, bias, conv_states=states, cu_seqlens=equal_lengths(batch, tokens, x.device),
+        state_indices=None, has_initial_state=None, activation=activation,
+    ).view(batch, tokens, dim).mT  # fmt: skip
+    if states is None or not return_final_states:
+        return y
+    return y, states if final_states_out is None else final_states_out.copy_(states)
+
+
+def causal_conv1d_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One token ``[B, D]`` or several ``[B, D, T]``; conv_state ``[B, D, C]`` moves left, they come in on its right."""
+    args = Arguments("causal_conv1d_update")
+    args.excluded("cache_seqlens", cache_seqlens is not None, "a state is a window here, not a ring")
+    args.tensor("x", x, "B D T" if x.dim() == 3 else "B D", FLOATS, any_stride=True)
+    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    args.tensor("conv_state", conv_state, f"{'B' if conv_state_indices is None else 'P'} D C", FLOATS, any_stride=True)
+    older = max(args.sizes["C"] - args.sizes["W"] + 1, 0)  # columns that our operator would leave alone
+    if older and conv_state_indices is not None:
+        must = f"of {args.sizes['W'] - 1} columns with conv_state_indices"
+        raise ShapeError(args.where, "conv_state", f"of {args.sizes['C']} columns", must)
+    rows = x.unsqueeze(1) if x.dim() == 2 else x.mT
+    shifted = torch.cat((conv_state, rows.mT), -1)[..., rows.shape[1] :] if older else conv_state
+    y = gated_delta.causal_conv1d_update(
+        rows[:, 0].contiguous() if rows.shape[1] == 1 else rows.contiguous(), conv_state[..., older:], weight, bias,
+        activation=activation, state_indices=conv_state_indices,
+    )  # fmt: skip
+    conv_state[..., :older] = shifted[..., :older]
+    return y.view(x.shape) if y.dim() == 2 else y.mT

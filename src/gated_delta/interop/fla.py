@@ -1,0 +1,122 @@
+"""The gated delta rule by the signatures of flash-linear-attention 0.6.0, for inference.
+
+``[B, T, H, D]`` batches, or B = 1 and sequences cut by ``cu_seqlens``. g is the logarithm of the decay, or raw with
+``use_gate_in_kernel`` (then A_log is needed); beta is itself, or raw with ``use_beta_sigmoid_in_kernel``, which
+``allow_neg_eigval`` doubles; either is ones when None. States are ``[N, HV, K, V]``, or ``[N, HV, V, K]`` with
+``state_v_first``; final ones are fp32, an initial one is not written. What is in ``**kwargs`` there has a name here.
+Every error is an ``ArgumentError``, which names the argument, what it is and what it must be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import gated_delta
+from gated_delta import reference
+from gated_delta.errors import OptionError, ShapeError
+from gated_delta.interop.conv import equal_lengths, packed
+from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
+
+Result = tuple[Tensor, Tensor | None]
+
+_REFUSED = {
+    "gk": "a decay for every key channel is another rule (KDA)",
+    "gv": "a decay for every value channel is another rule",
+    "cp_context": "a sequence stays on one device here",
+    "transpose_state_layout": "its name is state_v_first",
+}
+
+
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_indices: Tensor | None = None,
+    cp_context: object = None, *, use_gate_in_kernel: bool = False, A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None, chunk_size: int = 64, transpose_state_layout: object = None,
+) -> Result:  # fmt: skip
+    """Output ``[B, T, HV, V]`` and final states or None; cu_seqlens_cpu, chunk_indices, chunk_size change no result."""
+    args = Arguments("fla.chunk_gated_delta_rule")
+    for name, value in (("cp_context", cp_context), ("transpose_state_layout", transpose_state_layout)):
+        args.excluded(name, value is not None, _REFUSED[name])
+    return _rule(
+        args, False, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
+    )  # fmt: skip
+
+
+def fused_recurrent_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, gk: Tensor | None = None, gv: Tensor | None = None,
+    beta: Tensor | None = None, scale: float | None = None, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None, dt_bias: Tensor | None = None, use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
+    *, transpose_state_layout: object = None,
+) -> Result:  # fmt: skip
+    """Output ``[B, T, HV, V]`` and final states or None."""
+    args = Arguments("fla.fused_recurrent_gated_delta_rule")
+    for name, value in (("gk", gk), ("gv", gv), ("transpose_state_layout", transpose_state_layout)):
+        args.excluded(name, value is not None, _REFUSED[name])
+    return _rule(
+        args, True, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
+    )  # fmt: skip
+
+
+def _check(
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
+    cu_seqlens: Tensor | None, initial_state: Tensor | None, v_first: bool,
+) -> None:  # fmt: skip
+    """Shapes, which our operators would name by their own words."""
+    for name, value, heads in (("q", q, "H K"), ("k", k, "H K"), ("v", v, "HV V")):
+        args.tensor(name, value, f"B T {heads}", FLOATS, any_stride=True)
+    for name, value in (("g", g), ("beta", beta)):
+        args.optional(name, value, "B T HV", FLOATS, any_stride=True)
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ShapeError(args.where, "q", f"of {q.shape[0]} rows", "of 1 row, which cu_seqlens cuts into sequences")
+    args.optional("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
+    states = f"{'B' if cu_seqlens is None else 'N'} HV {'V K' if v_first else 'K V'}"
+    args.optional("initial_state", initial_state, states, FLOATS, any_stride=True)
+
+
+def _rule(
+    args: Arguments, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
+    scale: float | None, state: Tensor | None, keep: bool, l2norm: bool, raw_gate: bool, A_log: Tensor | None,
+    dt_bias: Tensor | None, raw_beta: bool, doubled: bool, v_first: bool, cu_seqlens: Tensor | None,
+) -> Result:  # fmt: skip
+    """Both functions: raw gates of equal sequences may go to a recurrent operator, the rest to the chunked one."""
+    _check(args, q, k, v, g, beta, cu_seqlens, state, v_first)
+    if doubled and not raw_beta:
+        must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
+        raise OptionError(args.where, "allow_neg_eigval", True, must)
+    batch, tokens, heads, head_v = v.shape
+    states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, head_v, q.shape[-1])
+    state = state if state is None or v_first else state.mT
+    if raw_gate:
+        for name, value in (("g", g), ("A_log", A_log)):
+            args.needed(name, value is not None, "use_gate_in_kernel makes the decay from it")
+        assert g is not None
+        assert A_log is not None
+        A_log, dt_bias = A_log.float(), torch.zeros_like(A_log) if dt_bias is None else dt_bias
+        if recurrent and raw_beta and beta is not None and cu_seqlens is None and tokens:
+            final = v.new_zeros(states, dtype=torch.float32)
+            if state is not None:
+                final.copy_(state)  # the operator writes its states
+            output, _ = gated_delta.gated_delta_rule_decode_pretranspose(
+                packed(q[None]), packed(k[None]), packed(v[None]), final, A_log, packed(g[None]), dt_bias,
+                packed(beta[None]), scale, use_qk_l2norm=l2norm, allow_neg_eigval=doubled,
+            )  # fmt: skip
+            return output, (final if v_first else final.mT) if keep else None
+        g = reference.decay(A_log, g, dt_bias)
+    if raw_beta and beta is not None:
+        beta = reference.write_strength(beta, allow_neg_eigval=doubled)
+    final = v.new_empty(states, dtype=torch.float32) if keep else None
+    output = gated_delta.chunk_gated_delta_rule(
+        packed(q), packed(k), packed(v), None if g is None else packed(g).float(),
+        None if beta is None else packed(beta).float(), scale, None if state is None else packed(state[None]),
+        cu_seqlens=equal_lengths(batch, tokens, q.device) if cu_seqlens is None else cu_seqlens,
+        use_qk_l2norm_in_kernel=l2norm, output_state=final, g_space="linear" if raw_gate else "log",
+    )  # fmt: skip
+    assert isinstance(output, Tensor)
+    return output.unflatten(0, (batch, tokens)), final if final is None or v_first else final.mT

@@ -1,0 +1,137 @@
+"""Transformers' Gated Delta Net layers on our operators: ``patch()``, ``unpatch()``, or ``with patch():``.
+
+A layer's forward looks its operators up in its module when it runs, so models made before and after are served alike.
+Whatever asks for a gradient goes to Transformers' own functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gated_delta
+from gated_delta.interop import conv, fla
+from gated_delta.validation.arguments import Arguments
+
+TESTED = ((5, 16), (5, 23))
+FAMILIES = {"qwen3_next": "Qwen3Next", "qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe", "olmo_hybrid": "OlmoHybrid"}
+"""Model type: how its class names begin."""
+
+_ARGUMENTS = Arguments("gated_delta.interop.transformers")
+_stock: list[tuple[Any, str, Callable[..., Any]]] = []
+"""(owner, name, value) of everything that was replaced."""
+
+
+def patch() -> ExitStack:
+    """Serve the layers of :data:`FAMILIES` from now on; as a context manager until its end, unless they were before.
+
+    A version of Transformers outside :data:`TESTED` is left as it is, with a warning.
+    """
+    version = importlib.metadata.version("transformers")
+    undo = ExitStack()
+    if not TESTED[0] <= tuple(map(int, version.split(".")[:2])) <= TESTED[1]:
+        tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED)
+        warnings.warn(f"gated_delta leaves Transformers {version} as it is: it was tested with {tested}", stacklevel=2)
+    elif not _stock:
+        for family, prefix in FAMILIES.items():
+            module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+            _stock.extend((module, name, getattr(module, name)) for name in _FUNCTIONS)
+            norm = getattr(module, f"{prefix}RMSNormGated")
+            _stock.append((norm, "forward", norm.forward))
+        for owner, name, stock in _stock:
+            setattr(owner, name, _without_gradient(_FUNCTIONS.get(name, _norm), stock))
+        logging.getLogger("gated_delta").info("serving %s of Transformers %s", ", ".join(FAMILIES), version)
+        undo.callback(unpatch)
+    return undo
+
+
+def unpatch() -> None:
+    """Put Transformers' own functions back."""
+    while _stock:
+        setattr(*_stock.pop())
+
+
+def patched() -> bool:
+    """Whether the layers are served."""
+    return bool(_stock)
+
+
+def _without_gradient(ours: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stock)
+    def serve(*args: Any, **kwargs: Any) -> Any:
+        inputs = (getattr(x, "weight", x) for x in (*args, *kwargs.values()))  # the norm is a module with a weight
+        trained = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs)
+        return (stock if trained else ours)(*args, **kwargs)
+
+    return serve
+
+
+def _chunk(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None, **unused: object,
+) -> fla.Result:  # fmt: skip
+    because = "a cache keeps one convolution's end, not those of packed sequences (cu_seq_lens_q)"
+    _ARGUMENTS.excluded("use_cache=True", cu_seqlens is not None and output_final_state, because)
+    norm = use_qk_l2norm_in_kernel
+    return fla.chunk_gated_delta_rule(
+        query, key, value, g, beta, None, initial_state, output_final_state, norm, cu_seqlens=cu_seqlens
+    )
+
+
+def _recurrent(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, cu_seqlens: Tensor | None = None,
+    **unused: object,
+) -> fla.Result:  # fmt: skip
+    if initial_state is None or cu_seqlens is not None or query.shape[1] != 1:
+        return _chunk(
+            query, key, value, g, beta, 64, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
+        )
+    # The decode operators make their own gates. These are the raw ones that give e^g and beta with A_log = dt_bias = 0:
+    # softplus(a) = -g, and 2 sigmoid(b) = beta, for OLMo-hybrid's betas of up to 2. Beyond 200 they are 0 or 1 in fp32.
+    g, zeros = g.float(), torch.zeros_like(g[0, 0], dtype=torch.float32)
+    a, b = (x.clamp(-200, 200) for x in (torch.log(-torch.expm1(g)) - g, torch.logit(beta.float() / 2)))
+    state = initial_state if output_final_state else initial_state.clone()  # a cache takes the new state in any case
+    v_first = state.stride(-1) != 1  # as a cache lies in memory that took its first state from us, not from stock
+    decode = gated_delta.gated_delta_rule_decode_pretranspose if v_first else gated_delta.gated_delta_rule_decode
+    output, _ = decode(
+        query, key, value, state.mT if v_first else state, zeros, a, zeros, b, use_qk_l2norm=use_qk_l2norm_in_kernel,
+        allow_neg_eigval=True,
+    )  # fmt: skip
+    return output, state if output_final_state else None
+
+
+def _conv(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    seq_idx: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, **unused: object,
+) -> object:  # fmt: skip
+    if cu_seq_lens_q is None:
+        _ARGUMENTS.needed("cu_seq_lens_q", seq_idx is None, "seq_idx is, and the delta rule is cut by nothing else")
+        return conv.causal_conv1d_fn(hidden_states, weight, bias, activation=activation)
+    y = gated_delta.causal_conv1d(
+        conv.packed(hidden_states.mT), weight, bias, conv_states=None, cu_seqlens=cu_seq_lens_q, state_indices=None,
+        has_initial_state=None, activation=activation,
+    )  # fmt: skip
+    return y[None].mT
+
+
+def _norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+    return gated_delta.rms_norm_gated(hidden_states, gate, self.weight, self.variance_epsilon, self.activation)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch_chunk_gated_delta_rule": _chunk,
+    "torch_recurrent_gated_delta_rule": _recurrent,
+    "causal_conv1d_fn": _conv,
+    "causal_conv1d_update": conv.causal_conv1d_update,
+}

@@ -1,0 +1,318 @@
+"""The chunks of one head of one sequence, or of a part of it, for what :mod:`prepare` made of each: groups of four warps
+side by side.
+
+* ``load`` brings q, k, v, X and P' of coming chunks into shared memory.
+* A group of ``keep`` holds 64 values of the state, ``[V, K]`` in fp32 registers. Every product of its is transposed,
+  ``(K S)^T = S^T K^T`` and so on, so that what it computed last is its left operand, from registers:
+
+      (K S)^T, (Q S)^T    Y = V - d (K S)    S <- d_C S + Y^T X    O = d (Q S) + P' Y
+
+Where states fill the processors, two groups share what is loaded, and one computes while the other waits for tensor
+cores. Where they do not, a program has one group, and a state two programs. The bits are the same.
+
+Chunks follow each other through these groups as through a pipe; barriers in shared memory say when a buffer is full or
+free again. What a group writes for a chunk is written while products of the next one run.
+"""
+
+# Gluon's functions have no types that a checker could follow.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from gated_delta.kernels.gluon.prepare import (
+    ACC,
+    DECAY,
+    FROM_K,
+    FROM_Q,
+    VECTORS,
+    WORK,
+    copy_async,
+    sequence_of,
+    slot_of,
+)
+
+WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
+STAGES = gl.constexpr(3)
+"""Chunks whose q, k and v have room; X and P' of two have."""
+
+
+@gluon.jit
+def wide(x):
+    """A stride, for products that need 64 bits."""
+    return gl.to_tensor(x).to(gl.int64)
+
+
+@gluon.jit
+def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr):
+    """Rows of q and k from ``length`` on are zero, and those of v from ``values`` on.
+
+    Offsets in a tile change with ``odd`` from chunk to chunk: if they did not, the compiler would keep all of them, and
+    registers are not there.
+    """
+    tensors, steps, chunks, length, values, tiles, signals = what
+    q, k, v, work, vectors = tensors
+    q_row, k_row, v_row, step = steps
+    sQ, sK, sV, sX, sP, factors = tiles
+    full, empty, full_x, empty_x = signals
+    whole: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    half: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    n, c = gl.arange(0, 64, gl.SliceLayout(1, whole))[:, None], gl.arange(0, 128, gl.SliceLayout(0, whole))[None, :]
+    m, d = gl.arange(0, 64, gl.SliceLayout(1, half))[:, None], gl.arange(0, 64, gl.SliceLayout(0, half))[None, :]
+    f = FROM_K + gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
+    for t in range(chunks):
+        stage, buffer = t % STAGES, t % 2
+        odd = 64 * buffer
+        pair, left = gl.to_tensor(t // 2).to(gl.int64) * 128, length - t * 64 + odd
+        row, of_v = n + odd, m + odd
+        mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
+        copy_async(sK.index(stage), (k + pair * k_row) + (row * k_row + c), mask=row < left)
+        if OUT:
+            copy_async(sQ.index(stage), (q + pair * q_row) + (row * q_row + c), mask=row < left)
+        for group in gl.static_range(GROUPS):
+            places = (v + (pair * v_row + 64 * group)) + (of_v * v_row + d)
+            copy_async(sV.index(GROUPS * stage + group), places, mask=of_v < values - t * 64 + odd)
+        copy_async(factors.index(stage), vectors + f)
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
+        copy_async(sX.index(buffer), (work + -128 * odd) + (row * 128 + c))
+        if OUT:
+            copy_async(sP.index(buffer), (work + (64 * 128 + -64 * odd)) + (of_v * 64 + d))
+        async_copy.mbarrier_arrive(full_x.index(buffer), increment_count=False)
+        work += step * WORK
+        vectors += step * VECTORS
+
+
+@gluon.jit
+def store_state(base, line, S):
+    """64 values of a ``[V, K]`` state."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, WIDE)).to(gl.int64)[:, None]
+    column = gl.arange(0, 128, gl.SliceLayout(0, WIDE))[None, :]
+    gl.store(base + row * line + column, S.to(base.dtype.element_ty))
+
+
+@gluon.jit
+def first_state(base, line, is_there):
+    """64 values of a ``[V, K]`` state in fp32; zero where there is none, and what is there (NaN) is not looked at."""
+    if base is None:
+        return gl.zeros([64, 128], gl.float32, WIDE)
+    row = gl.arange(0, 64, gl.SliceLayout(1, WIDE)).to(gl.int64)[:, None]
+    column = gl.arange(0, 128, gl.SliceLayout(0, WIDE))[None, :]
+    inside = (row >= 0) & (column >= 0) & is_there
+    return gl.load(base + row * line + column, mask=inside, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def vector_of(factors, stage, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
+    return factors.index(stage).slice(WHICH, 64).load(LAYOUT)
+
+
+@gluon.jit
+def store_outputs(output, o_row, sO, outcome, chunk, length):
+    """64 values of a chunk's outputs; nothing for chunk -1."""
+    out: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    d = gl.arange(0, 64, gl.SliceLayout(0, out))[None, :]
+    row = (chunk * 64 + gl.arange(0, 64, gl.SliceLayout(1, out))).to(gl.int64)[:, None]
+    sO.permute((1, 0)).store(outcome)
+    gl.store(output + row * o_row + d, sO.load(out), mask=(row >= 0) & (row < length))
+
+
+@gluon.jit
+def keep(
+    S, states, places, chunks, length, tiles, sO, signals,
+    GROUPS: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """64 values of the state through all chunks."""
+    final, kept, output = states
+    is_last, before, every, f_line, c_row, c_line, o_row = places
+    sQ, sK, sV, sX, sP, factors = tiles
+    full, empty, full_x, empty_x = signals
+    left: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    c: gl.constexpr = gl.SliceLayout(0, ACC)
+    zero = gl.zeros([64, 64], gl.float32, ACC)
+    dtype: gl.constexpr = sK.dtype
+    done = zero.to(dtype)
+    state = gl.convert_layout(S.to(dtype), left)
+    for t in range(chunks):
+        stage, buffer = t % STAGES, t % 2
+        mbarrier.wait(full.index(stage), (t // STAGES) & 1)
+        fence_async_shared()
+        ks = warpgroup_mma(state, sK.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if OUT:
+            qs = warpgroup_mma(state, sQ.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            store_outputs(output + GROUP * 64, o_row, sO, done, t - 1, length)
+        KS = warpgroup_mma_wait(1 if OUT else 0, deps=(ks,))
+        V = sV.index(GROUPS * stage + GROUP).permute((1, 0)).load(ACC).to(gl.float32)
+        from_k, from_q = vector_of(factors, stage, FROM_K, c), vector_of(factors, stage, FROM_Q, c)
+        Y = gl.convert_layout((V + KS * from_k[None, :]).to(dtype), left)
+        S = S * vector_of(factors, stage, DECAY, gl.SliceLayout(1, WIDE))[:, None]
+        mbarrier.wait(full_x.index(buffer), (t // 2) & 1)
+        fence_async_shared()
+        s = warpgroup_mma(Y, sX.index(buffer), S, is_async=True)
+        if OUT:
+            QS, state = warpgroup_mma_wait(1, deps=(qs, state))
+            o = warpgroup_mma(Y, sP.index(buffer), QS * from_q[None, :], is_async=True)
+        mbarrier.arrive(empty.index(stage), count=1)
+        S = warpgroup_mma_wait(1 if OUT else 0, deps=(s,))
+        state = gl.convert_layout(S.to(dtype), left)
+        if OUT:
+            outcome, Y = warpgroup_mma_wait(0, deps=(o, Y))
+            done = outcome.to(dtype)
+        mbarrier.arrive(empty_x.index(buffer), count=1)
+        if kept is not None:
+            after = before + (t + 1) * 64
+            if (after <= before + length) & (after % every == 0):
+                row = (after // every - 1).to(gl.int64)
+                store_state(kept + (row * c_row + GROUP * 64 * wide(c_line)), c_line, S)
+    if OUT:
+        store_outputs(output + GROUP * 64, o_row, sO, done, chunks - 1, length)
+    if final is not None:
+        if is_last:
+            store_state(final + GROUP * 64 * wide(f_line), f_line, S)
+
+
+@gluon.jit
+def keep_from(start, GROUPS: gl.constexpr, GROUP: gl.constexpr):
+    """:func:`keep` from a state in memory, with outputs."""
+    source, s_line, is_there, rest = start
+    states, places, chunks, length, tiles, sO, signals = rest
+    if source is not None:
+        source += GROUP * 64 * wide(s_line)
+    S = first_state(source, s_line, is_there)
+    keep(S, states, places, chunks, length, tiles, sO.index(GROUP), signals, GROUPS, True, GROUP)
+
+
+@gluon.jit
+def zero_rows(output, begin, end, o_row, GROUPS: gl.constexpr):
+    """Zeros for these rows of a program's values of the output."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    n, d = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 64 * GROUPS, gl.SliceLayout(0, layout))[None, :]
+    zeros = gl.zeros([64, 64 * GROUPS], output.dtype.element_ty, layout)
+    for at in range(begin, end, 64):
+        row = (at + n)[:, None]
+        gl.store(output + row * o_row + d, zeros, mask=row < end)
+
+
+@gluon.jit
+def buffers(DTYPE: gl.constexpr, GROUPS: gl.constexpr):
+    """Shared memory of chunks on their way: q, k, v for each group, X, P', and the vectors."""
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], DTYPE)
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE)
+    return (
+        gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], tile),
+        gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], tile),
+        gl.allocate_shared_memory(DTYPE, [GROUPS * STAGES, 64, 64], square),
+        gl.allocate_shared_memory(DTYPE, [2, 64, 128], tile),
+        gl.allocate_shared_memory(DTYPE, [2, 64, 64], square),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 256], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+    )
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS: gl.constexpr):
+    """What this place stands for, a sequence or with PARTS ``size`` tokens of one: sequence, its slot (negative for
+    padding), its first token, its length, the tokens of it that come before this part, and those of the part.
+    """
+    sequence, before = place, gl.to_tensor(0)
+    if PARTS:
+        sequence = sequence_of(cu_seqlens, cu_stride, N, place, size)
+    begin = gl.load(cu_seqlens + sequence * cu_stride).to(gl.int64)
+    length = (gl.load(cu_seqlens + (sequence + 1) * cu_stride).to(gl.int64) - begin).to(gl.int32)
+    part = length
+    if PARTS:
+        before = (place - (begin // size + sequence)).to(gl.int32) * size
+        part = gl.minimum(length - before, size)
+    slot = slot_of(slots, slot_stride, sequence, null_slot)
+    return sequence.to(gl.int64), slot, begin, length, before, part
+
+
+@gluon.jit(do_not_specialize=["null_slot", "L", "N", "size"])
+def chain(
+    q, k, v, work, vectors, cu_seqlens, slots, source, has_state, final, checkpoints, checkpoint_starts, output,
+    null_slot, L, N, size, every,
+    q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head, cu_stride, slot_stride, has_stride, starts_stride,
+    s_slot, s_head, s_line, f_slot, f_head, f_line, c_row, c_head, c_line,
+    RQ: gl.constexpr, RK: gl.constexpr, RV: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr,
+    ZERO_PADDING: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """A head of a sequence, or with PARTS of ``size`` tokens of one, from a state that is at its place in ``source``.
+    The last programs write zeros behind the last sequence, if wanted.
+    """
+    head, place = gl.program_id(0).to(gl.int64), gl.program_id(1)
+    heads, own = gl.num_programs(0), gl.to_tensor(0)
+    if GROUPS == 1:
+        heads, own, head = heads // 2, (gl.program_id(0) % 2) * 64, head // 2
+    output += head * o_head + own
+    if ZERO_PADDING:
+        if place == gl.num_programs(1) - 1:
+            behind = gl.load(cu_seqlens + N * cu_stride).to(gl.int64)
+            zero_rows(output, behind, gl.to_tensor(L).to(gl.int64), o_row, GROUPS)
+            return
+    sequence, slot, begin, length, before, part = part_of(
+        cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS
+    )
+    first = begin + before
+    if slot < 0:
+        if ZERO_PADDING:
+            zero_rows(output, first, first + part, o_row, GROUPS)
+        return
+    if (part <= 0) & (before > 0):
+        return
+    is_there = slot >= 0
+    if PARTS:
+        source += place.to(gl.int64) * s_slot + head * s_head + own * wide(s_line)
+    elif source is not None:
+        source += slot * s_slot + head * s_head + own * wide(s_line)
+    if has_state is not None:
+        is_there = gl.load(has_state + sequence * has_stride) != 0
+    if final is not None:
+        final += slot * f_slot + head * f_head + own * wide(f_line)
+    if checkpoints is not None:
+        row = gl.load(checkpoint_starts + sequence * starts_stride).to(gl.int64)
+        checkpoints += row * c_row + head * c_head + own * wide(c_line)
+    output += first * o_row
+    q += first * q_row + head // RQ * q_head
+    k += first * k_row + head // RK * k_head
+    v += first * v_row + head // RV * v_head + own
+    chunk = (begin // 64 + sequence + before // 64) * heads + head
+    work, vectors = work + chunk * WORK, vectors + chunk * VECTORS
+    tiles = buffers(q.dtype.element_ty, GROUPS)
+    signals = (barriers(STAGES, 128), barriers(STAGES, GROUPS), barriers(2, 128), barriers(2, GROUPS))
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype.element_ty)
+    sO = gl.allocate_shared_memory(q.dtype.element_ty, [GROUPS, 64, 64], square)
+    states, step = (final, checkpoints, output), heads.to(gl.int64)
+    places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
+    chunks = (part + 63) // 64
+    rest = (states, places, chunks, part, tiles, sO, signals)
+    tensors, steps = (q, k, v, work, vectors), (q_row, k_row, v_row, step)
+    start, loads = (source, s_line, is_there, rest), (tensors, steps, chunks, part, part, tiles, signals)
+    if GROUPS == 2:
+        gl.warp_specialize([
+            (keep_from, (start, GROUPS, gl.constexpr(0))),
+            (keep_from, (start, GROUPS, gl.constexpr(1))),
+            (load, (loads, GROUPS, gl.constexpr(True))),
+        ], [4, 4], REGISTERS)  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (keep_from, (start, GROUPS, gl.constexpr(0))),
+            (load, (loads, GROUPS, gl.constexpr(True))),
+        ], [4], REGISTERS)  # fmt: skip

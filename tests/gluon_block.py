@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from gluon_values import GLUON, KernelError, Pointer, Value, raw
+from gluon_values import GLUON, KernelError, Pointer, Tiled, Value, raw
 
 here = threading.local()
 """``here.partition`` is the one that a thread runs."""
@@ -148,6 +148,7 @@ class Barrier:
 
     def __init__(self, family: Barriers, i: int) -> None:
         self.family, self.i, self.count, self.pending, self.phase = family, i, 0, 0, 0
+        self.bytes = 0
         self.gathered, self.released = Agent(""), Agent("")
 
     def __str__(self) -> str:
@@ -162,7 +163,20 @@ class Barrier:
         self.pending -= number
         self.gathered.learn(agent)
         agent.tick()
-        if self.pending == 0:
+        self.complete()
+
+    def expect(self, agent: Agent, size: int) -> None:
+        self.bytes += size
+        self.arrive(agent, 1)
+
+    def receive(self, agent: Agent, size: int) -> None:
+        self.bytes -= size
+        self.gathered.learn(agent)
+        agent.tick()
+        self.complete()
+
+    def complete(self) -> None:
+        if self.pending == 0 and self.bytes == 0:
             self.phase, self.pending = self.phase + 1, self.count
             self.released = Agent("", self.gathered)
 
@@ -314,6 +328,23 @@ def copy_to_shared(smem: Shared, pointer: Pointer, mask: Any = True) -> None:
     smem.memory.use(smem.data, partition.copier, write=True)
     partition.copies.append((smem, pointer.load(mask).data.expand(smem.shape)))
     smem.data.fill_(math.nan)
+
+
+def copy_tile(tensor: Tiled, place: Sequence[Any], barrier: Barrier, smem: Shared) -> None:
+    """By the copy engine, which writes zeros for what lies outside of the tensor, and needs no fence."""
+    partition: Partition = here.partition
+    partition.copier.learn(partition.agent)
+    smem.memory.use(smem.data, partition.copier, write=True)
+    data = torch.zeros(smem.shape, dtype=smem.data.dtype)
+    inside = tensor.whole[tuple(slice(int(raw(x)), int(raw(x)) + n) for x, n in zip(place, smem.shape, strict=True))]
+    data[tuple(map(slice, inside.shape))] = inside
+    smem.data.fill_(math.nan)
+
+    def land() -> None:
+        smem.data.copy_(data)
+        barrier.receive(partition.copier, data.nbytes)
+
+    partition.block.landing.append(land)
 
 
 def copies_arrive(barrier: Barrier, increment_count: bool = True) -> None:

@@ -29,13 +29,14 @@ from gluon_block import (
     Memory,
     Shared,
     copies_arrive,
+    copy_tile,
     copy_to_shared,
     fence_async_shared,
     here,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from gluon_values import TORCH, Pointer, Value, raw
+from gluon_values import TORCH, Pointer, Value, argument, raw
 
 
 def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: object = None) -> Any:
@@ -87,10 +88,12 @@ REPLACED: dict[int, Any] = {
         init=lambda barrier, count: barrier.init(count),
         wait=lambda barrier, parity: barrier.wait(parity),
         arrive=lambda barrier, count=1: barrier.arrive(here.partition.agent, count),
+        expect=lambda barrier, size: barrier.expect(here.partition.agent, size),
     ),
     id(async_copy): SimpleNamespace(
         async_copy_global_to_shared=copy_to_shared, async_load=copy_to_shared, mbarrier_arrive=copies_arrive
     ),
+    id(hopper.tma): SimpleNamespace(async_copy_global_to_shared=copy_tile),
     id(hopper.fence_async_shared): fence_async_shared,
     id(hopper.warpgroup_mma): warpgroup_mma,
     id(hopper.warpgroup_mma_wait): warpgroup_mma_wait,
@@ -138,7 +141,7 @@ def launch(
         kernel[grid](*args, **constants)
         return
     function = Plain(edits).function(kernel)
-    given = [Pointer.to(x) if isinstance(x, Tensor) else x for x in args]
+    given = list(map(argument, args))
     given += [constants[name] for name in kernel.arg_names[len(args) :]]
     for place in itertools.product(*map(range, grid)):
         block = Block(place, grid, warps, seed)

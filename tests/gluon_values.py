@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 FLOATS = {gl.bfloat16: torch.bfloat16, gl.float16: torch.float16, gl.float32: torch.float32}
 TORCH = {**FLOATS, gl.int32: torch.int32, gl.int64: torch.int64, gl.int1: torch.bool}
@@ -108,3 +109,18 @@ class Pointer:
     def store(self, value: Any, mask: Any = True) -> None:
         offset, mask = self.places(mask)
         self.memory[offset[mask]] = torch.as_tensor(raw(value)).expand(offset.shape)[mask].to(self.memory.dtype)
+
+
+class Tiled:
+    """A tensor that the copy engine takes tiles of."""
+
+    def __init__(self, descriptor: Any) -> None:
+        self.whole = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
+        self.dtype = GLUON[descriptor.base.dtype]
+
+
+def argument(x: Any) -> Any:
+    """What a kernel sees of an argument."""
+    if isinstance(x, Tensor):
+        return Pointer.to(x)
+    return Tiled(x) if isinstance(x, TensorDescriptor) else x

@@ -96,8 +96,7 @@ def _rule(
     if raw_gate:
         for name, value in (("g", g), ("A_log", A_log)):
             args.needed(name, value is not None, "use_gate_in_kernel makes the decay from it")
-        assert g is not None
-        assert A_log is not None
+        assert g is not None and A_log is not None
         A_log, dt_bias = A_log.float(), torch.zeros_like(A_log) if dt_bias is None else dt_bias
         if recurrent and raw_beta and beta is not None and cu_seqlens is None and tokens:
             final = v.new_zeros(states, dtype=torch.float32)

@@ -42,11 +42,11 @@ def patch() -> ExitStack:
         tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED)
         warnings.warn(f"gated_delta leaves Transformers {version} as it is: it was tested with {tested}", stacklevel=2)
     elif not _stock:
+        found: list[tuple[Any, str]] = []
         for family, prefix in FAMILIES.items():
             module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-            _stock.extend((module, name, getattr(module, name)) for name in _FUNCTIONS)
-            norm = getattr(module, f"{prefix}RMSNormGated")
-            _stock.append((norm, "forward", norm.forward))
+            found += [*((module, name) for name in _FUNCTIONS), (getattr(module, f"{prefix}RMSNormGated"), "forward")]
+        _stock.extend([(owner, name, getattr(owner, name)) for owner, name in found])
         for owner, name, stock in _stock:
             setattr(owner, name, _without_gradient(_FUNCTIONS.get(name, _norm), stock))
         logging.getLogger("gated_delta").info("serving %s of Transformers %s", ", ".join(FAMILIES), version)
@@ -118,11 +118,10 @@ def _conv(
     if cu_seq_lens_q is None:
         _ARGUMENTS.needed("cu_seq_lens_q", seq_idx is None, "seq_idx is, and the delta rule is cut by nothing else")
         return conv.causal_conv1d_fn(hidden_states, weight, bias, activation=activation)
-    y = gated_delta.causal_conv1d(
+    return gated_delta.causal_conv1d(
         conv.packed(hidden_states.mT), weight, bias, conv_states=None, cu_seqlens=cu_seq_lens_q, state_indices=None,
         has_initial_state=None, activation=activation,
-    )  # fmt: skip
-    return y[None].mT
+    ).mT[None]  # fmt: skip
 
 
 def _norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:

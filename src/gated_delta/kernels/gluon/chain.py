@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -37,7 +38,6 @@ from gated_delta.kernels.gluon.prepare import (
     FROM_K,
     FROM_Q,
     VECTORS,
-    WORK,
     copy_async,
     sequence_of,
     slot_of,
@@ -55,43 +55,40 @@ def wide(x):
 
 
 @gluon.jit
-def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr):
-    """Rows of q and k from ``length`` on are zero, and those of v from ``values`` on.
+def narrow(x):
+    """A coordinate for the copy engine."""
+    return gl.to_tensor(x).to(gl.int32)
 
-    Offsets in a tile change with ``odd`` from chunk to chunk: if they did not, the compiler would keep all of them, and
-    registers are not there.
-    """
-    tensors, steps, chunks, length, values, tiles, signals = what
-    q, k, v, work, vectors = tensors
-    q_row, k_row, v_row, step = steps
+
+@gluon.jit
+def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr):
+    """Whole tiles, by the copy engine: behind the last token of a sequence they hold those of the next one."""
+    tensors, columns, where, vectors, chunks, tiles, signals = what
+    first, chunk, heads = where
+    q, k, v, x, p = tensors
+    q_column, k_column, v_column = columns
     sQ, sK, sV, sX, sP, factors = tiles
     full, empty, full_x, empty_x = signals
-    whole: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    half: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    n, c = gl.arange(0, 64, gl.SliceLayout(1, whole))[:, None], gl.arange(0, 128, gl.SliceLayout(0, whole))[None, :]
-    m, d = gl.arange(0, 64, gl.SliceLayout(1, half))[:, None], gl.arange(0, 64, gl.SliceLayout(0, half))[None, :]
     f = FROM_K + gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
     for t in range(chunks):
         stage, buffer = t % STAGES, t % 2
-        odd = 64 * buffer
-        pair, left = gl.to_tensor(t // 2).to(gl.int64) * 128, length - t * 64 + odd
-        row, of_v = n + odd, m + odd
         mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
-        copy_async(sK.index(stage), (k + pair * k_row) + (row * k_row + c), mask=row < left)
+        mbarrier.expect(full.index(stage), 2 * 64 * 64 * (GROUPS + (4 if OUT else 2)))
+        tma.async_copy_global_to_shared(k, [first + t * 64, k_column], full.index(stage), sK.index(stage))
         if OUT:
-            copy_async(sQ.index(stage), (q + pair * q_row) + (row * q_row + c), mask=row < left)
+            tma.async_copy_global_to_shared(q, [first + t * 64, q_column], full.index(stage), sQ.index(stage))
         for group in gl.static_range(GROUPS):
-            places = (v + (pair * v_row + 64 * group)) + (of_v * v_row + d)
-            copy_async(sV.index(GROUPS * stage + group), places, mask=of_v < values - t * 64 + odd)
+            column, tile = v_column + 64 * group, sV.index(GROUPS * stage + group)
+            tma.async_copy_global_to_shared(v, [first + t * 64, column], full.index(stage), tile)
         copy_async(factors.index(stage), vectors + f)
         async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        vectors += wide(heads) * VECTORS
         mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
-        copy_async(sX.index(buffer), (work + -128 * odd) + (row * 128 + c))
+        mbarrier.expect(full_x.index(buffer), 2 * 64 * 64 * (3 if OUT else 2))
+        row = (chunk + t * heads) * 64
+        tma.async_copy_global_to_shared(x, [row, 0], full_x.index(buffer), sX.index(buffer))
         if OUT:
-            copy_async(sP.index(buffer), (work + (64 * 128 + -64 * odd)) + (of_v * 64 + d))
-        async_copy.mbarrier_arrive(full_x.index(buffer), increment_count=False)
-        work += step * WORK
-        vectors += step * VECTORS
+            tma.async_copy_global_to_shared(p, [row, 0], full_x.index(buffer), sP.index(buffer))
 
 
 @gluon.jit
@@ -130,7 +127,7 @@ def store_outputs(output, o_row, sO, outcome, chunk, length):
 
 @gluon.jit
 def keep(
-    S, states, places, chunks, length, tiles, sO, signals,
+    S, states, places, chunks, length, with_values, tiles, sO, signals,
     GROUPS: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """64 values of the state through all chunks."""
@@ -140,6 +137,7 @@ def keep(
     full, empty, full_x, empty_x = signals
     left: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     c: gl.constexpr = gl.SliceLayout(0, ACC)
+    column = gl.arange(0, 64, c)[None, :]
     zero = gl.zeros([64, 64], gl.float32, ACC)
     dtype: gl.constexpr = sK.dtype
     done = zero.to(dtype)
@@ -155,7 +153,10 @@ def keep(
         KS = warpgroup_mma_wait(1 if OUT else 0, deps=(ks,))
         V = sV.index(GROUPS * stage + GROUP).permute((1, 0)).load(ACC).to(gl.float32)
         from_k, from_q = vector_of(factors, stage, FROM_K, c), vector_of(factors, stage, FROM_Q, c)
-        Y = gl.convert_layout((V + KS * from_k[None, :]).to(dtype), left)
+        if not OUT:
+            V = gl.where(with_values, V, 0.0)
+        Y = gl.where(column < length - t * 64, V + KS * from_k[None, :], 0.0)
+        Y = gl.convert_layout(Y.to(dtype), left)
         S = S * vector_of(factors, stage, DECAY, gl.SliceLayout(1, WIDE))[:, None]
         mbarrier.wait(full_x.index(buffer), (t // 2) & 1)
         fence_async_shared()
@@ -190,7 +191,7 @@ def keep_from(start, GROUPS: gl.constexpr, GROUP: gl.constexpr):
     if source is not None:
         source += GROUP * 64 * wide(s_line)
     S = first_state(source, s_line, is_there)
-    keep(S, states, places, chunks, length, tiles, sO.index(GROUP), signals, GROUPS, True, GROUP)
+    keep(S, states, places, chunks, length, True, tiles, sO.index(GROUP), signals, GROUPS, True, GROUP)
 
 
 @gluon.jit
@@ -247,9 +248,8 @@ def part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size
 
 @gluon.jit(do_not_specialize=["null_slot", "L", "N", "size"])
 def chain(
-    q, k, v, work, vectors, cu_seqlens, slots, source, has_state, final, checkpoints, checkpoint_starts, output,
-    null_slot, L, N, size, every,
-    q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head, cu_stride, slot_stride, has_stride, starts_stride,
+    vectors, q, k, v, x, p, cu_seqlens, slots, source, has_state, final, checkpoints, checkpoint_starts, output,
+    null_slot, L, N, size, every, q_head, k_head, v_head, o_row, o_head, cu_stride, slot_stride, has_stride, starts_stride,
     s_slot, s_head, s_line, f_slot, f_head, f_line, c_row, c_head, c_line,
     RQ: gl.constexpr, RK: gl.constexpr, RV: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr,
     ZERO_PADDING: gl.constexpr, REGISTERS: gl.constexpr,
@@ -290,21 +290,17 @@ def chain(
         row = gl.load(checkpoint_starts + sequence * starts_stride).to(gl.int64)
         checkpoints += row * c_row + head * c_head + own * wide(c_line)
     output += first * o_row
-    q += first * q_row + head // RQ * q_head
-    k += first * k_row + head // RK * k_head
-    v += first * v_row + head // RV * v_head + own
+    columns = (narrow(head // RQ * q_head), narrow(head // RK * k_head), narrow(head // RV * v_head) + own)
     chunk = (begin // 64 + sequence + before // 64) * heads + head
-    work, vectors = work + chunk * WORK, vectors + chunk * VECTORS
-    tiles = buffers(q.dtype.element_ty, GROUPS)
-    signals = (barriers(STAGES, 128), barriers(STAGES, GROUPS), barriers(2, 128), barriers(2, GROUPS))
-    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype.element_ty)
-    sO = gl.allocate_shared_memory(q.dtype.element_ty, [GROUPS, 64, 64], square)
-    states, step = (final, checkpoints, output), heads.to(gl.int64)
+    tiles = buffers(q.dtype, GROUPS)
+    signals = (barriers(STAGES, 129), barriers(STAGES, GROUPS), barriers(2, 1), barriers(2, GROUPS))
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype)
+    sO = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], square)
     places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
     chunks = (part + 63) // 64
-    rest = (states, places, chunks, part, tiles, sO, signals)
-    tensors, steps = (q, k, v, work, vectors), (q_row, k_row, v_row, step)
-    start, loads = (source, s_line, is_there, rest), (tensors, steps, chunks, part, part, tiles, signals)
+    rest = ((final, checkpoints, output), places, chunks, part, tiles, sO, signals)
+    start, where = (source, s_line, is_there, rest), (narrow(first), narrow(chunk), heads)
+    loads = ((q, k, v, x, p), columns, where, vectors + chunk * VECTORS, chunks, tiles, signals)
     if GROUPS == 2:
         gl.warp_specialize([
             (keep_from, (start, GROUPS, gl.constexpr(0))),

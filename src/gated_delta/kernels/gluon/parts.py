@@ -25,25 +25,25 @@ from gated_delta.kernels.gluon.chain import (
     buffers,
     keep,
     load,
+    narrow,
     part_of,
 )
-from gated_delta.kernels.gluon.prepare import VECTORS, WORK
+from gated_delta.kernels.gluon.prepare import VECTORS
 
 
 @gluon.jit
 def keep_summary(unit, rest, GROUP: gl.constexpr):
     """:func:`keep` from zero, or from the unit matrix, without outputs."""
-    states, places, chunks, tiles, signals = rest
+    states, places, chunks, length, tiles, signals = rest
     row = (GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, WIDE)))[:, None]
     column = gl.arange(0, 128, gl.SliceLayout(0, WIDE))[None, :]
     S = gl.where((row == column) & unit, 1.0, 0.0)
-    keep(S, states, places, chunks, 64, tiles, None, signals, 2, False, GROUP)
+    keep(S, states, places, chunks, length, unit == 0, tiles, None, signals, 2, False, GROUP)
 
 
 @gluon.jit(do_not_specialize=["null_slot", "N", "size"])
 def summary(
-    k, v, work, vectors, cu_seqlens, slots, maps, null_slot, N, size,
-    k_row, k_head, v_row, v_head, cu_stride, slot_stride,
+    vectors, k, v, x, cu_seqlens, slots, maps, null_slot, N, size, k_head, v_head, cu_stride, slot_stride,
     RK: gl.constexpr, RV: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """B (program 0 of the last dimension) or A (1) of a part that is not the last one of its sequence, for a head:
@@ -56,19 +56,15 @@ def summary(
     if (slot < 0) | (before + part >= length):
         return
     first, heads = begin + before, gl.num_programs(0)
-    k += first * k_row + head // RK * k_head
-    v += first * v_row + head // RV * v_head
     chunk = (begin // 64 + sequence + before // 64) * heads + head
-    work, vectors = work + chunk * WORK, vectors + chunk * VECTORS
     maps += ((place.to(gl.int64) * heads + head) * 2 + gl.program_id(2)) * (128 * 128)
-    tiles = buffers(k.dtype.element_ty, 2)
-    signals = (barriers(STAGES, 128), barriers(STAGES, 2), barriers(2, 128), barriers(2, 2))
-    chunks, step = (part + 63) // 64, heads.to(gl.int64)
-    values = gl.where(unit, 0, part)  # rows of v that are loaded, the others are zero
-    places = (chunks > 0, 0, 64, 128, 0, 0, 0)
-    rest = ((maps, None, None), places, chunks, tiles, signals)
-    tensors, steps = (k, k, v, work, vectors), (k_row, k_row, v_row, step)
-    loads = (tensors, steps, chunks, part, values, tiles, signals)
+    tiles = buffers(k.dtype, 2)
+    signals = (barriers(STAGES, 129), barriers(STAGES, 2), barriers(2, 1), barriers(2, 2))
+    chunks = (part + 63) // 64
+    rest = ((maps, None, None), (chunks > 0, 0, 64, 128, 0, 0, 0), chunks, part, tiles, signals)
+    columns = (0, narrow(head // RK * k_head), narrow(head // RV * v_head))
+    where = (narrow(first), narrow(chunk), heads)
+    loads = ((k, k, v, x, x), columns, where, vectors + chunk * VECTORS, chunks, tiles, signals)
     gl.warp_specialize([
         (keep_summary, (unit, rest, gl.constexpr(0))),
         (keep_summary, (unit, rest, gl.constexpr(1))),

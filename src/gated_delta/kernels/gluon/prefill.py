@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gated_delta.kernels.gluon.chain import chain
 from gated_delta.kernels.gluon.parts import states_before, summary
-from gated_delta.kernels.gluon.prepare import VECTORS, WORK, prepare
+from gated_delta.kernels.gluon.prepare import VECTORS, prepare
 from gated_delta.kernels.triton.launch import launch, strides
 
 CHUNK = 64
-REGISTERS = {1: (56,), 2: (216, 72)}
+REGISTERS = {1: (40,), 2: (232, 40)}
 """By groups that keep 64 values each: of a thread of the second group, and of one that loads."""
 PREPARE_REGISTERS = 128
 """Four programs of :func:`prepare` on a processor."""
@@ -52,6 +54,30 @@ def plan(total: int, count: int, heads: int, processors: int) -> Plan:
             if needed < least:
                 best, least = Plan(groups, length * CHUNK if parts > 1 else 0), needed
     return best
+
+
+def rows(x: Tensor, columns: int = 128) -> TensorDescriptor:
+    """64 tokens of so many columns of ``[L, H, 128]``, whose heads lie next to each other in a row."""
+    shape = [x.shape[0], (x.shape[1] - 1) * x.stride(1) + 128]
+    return _descriptor(x, shape, [x.stride(0), 1], columns)
+
+
+def tiles(x: Tensor) -> TensorDescriptor:
+    """Those of ``[.., 64, C]``, contiguous."""
+    columns = x.shape[-1]
+    return _descriptor(x, [x.numel() // columns, columns], [columns, 1], columns)
+
+
+def _descriptor(x: Tensor, shape: list[int], strides: list[int], columns: int) -> TensorDescriptor:
+    block = [CHUNK, columns]
+    return TensorDescriptor(x, shape, strides, block, _layout(columns, x.dtype))
+
+
+@cache
+def _layout(columns: int, dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(
+        [CHUNK, columns], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    )
 
 
 @cache
@@ -98,12 +124,15 @@ def prefill(
     if part:
         places += total // part
         given = (source, has_initial_state, part, places)
-        source = _states_before(k, v, *before, cu_seqlens, state_indices, null_slot, *given)
+        source = _states_before(k, v, before[0], before[2], cu_seqlens, state_indices, null_slot, *given)
         has_initial_state = None
+    x, p, vectors = before
+    if total == 0:  # the copy engine wants an address
+        q = k = v = x.view(-1, 1, 128)
     args = (
-        q, k, v, *before, cu_seqlens, state_indices, source, has_initial_state, final_state, checkpoints,
-        checkpoint_starts, output, null_slot, total, count, part, checkpoint_every,
-        *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
+        vectors, rows(q), rows(k), rows(v, 64), tiles(x), tiles(p), cu_seqlens, state_indices, source,
+        has_initial_state, final_state, checkpoints, checkpoint_starts, output, null_slot, total, count, part,
+        checkpoint_every, q.stride(1), k.stride(1), v.stride(1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
         *strides(state_indices, 0), *strides(has_initial_state, 0), *strides(checkpoint_starts, 0),
         *strides(source, 0, 1, 2), *strides(final_state, 0, 1, 2), *strides(checkpoints, 0, 1, 2),
     )  # fmt: skip
@@ -119,36 +148,36 @@ def prefill(
 def _prepared(
     q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, cu_seqlens: Tensor, state_indices: Tensor | None,
     null_slot: int, scale: float, use_qk_l2norm: bool, log_gates: bool, heads: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What every chunk does: X^T and P', and their vectors."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What every chunk does: X, the transpose of P', and their vectors."""
     total, count = q.shape[0], cu_seqlens.shape[0] - 1
     log_gates = log_gates and g is not None
     g, beta = (_one(q.device).expand(total, heads) if x is None else x for x in (g, beta))
-    slots = total // CHUNK + count
-    work = q.new_empty(slots, heads, WORK.value)
+    slots = total // CHUNK + max(count, 1)
+    x, p = q.new_empty(slots, heads, CHUNK, 128), q.new_empty(slots, heads, CHUNK, CHUNK)
     vectors = q.new_empty(slots, heads, VECTORS.value, dtype=torch.float32)
     args = (
-        q, k, g, beta, cu_seqlens, state_indices, work, vectors, scale, null_slot, count,
+        q, k, g, beta, cu_seqlens, state_indices, x, p, vectors, scale, null_slot, count,
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
         *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1], "NORM": use_qk_l2norm, "LOG": log_gates}
     if count > 0:
         launch(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
-    return work, vectors
+    return x, p, vectors
 
 
 def _states_before(
-    k: Tensor, v: Tensor, work: Tensor, vectors: Tensor, cu_seqlens: Tensor, state_indices: Tensor | None,
+    k: Tensor, v: Tensor, x: Tensor, vectors: Tensor, cu_seqlens: Tensor, state_indices: Tensor | None,
     null_slot: int, source: Tensor | None, has_initial_state: Tensor | None, part: int, places: int,
 ) -> Tensor:  # fmt: skip
     """The states that parts start from, ``[places, HV, V, K]`` fp32."""
-    heads, count = work.shape[1], cu_seqlens.shape[0] - 1
+    heads, count = x.shape[1], cu_seqlens.shape[0] - 1
     maps = k.new_empty(places, heads, 2, 128, 128, dtype=torch.float32)
     states = k.new_empty(places, heads, 128, 128, dtype=torch.float32)
     args = (
-        k, v, work, vectors, cu_seqlens, state_indices, maps, null_slot, count, part, *strides(k, 0, 1),
-        *strides(v, 0, 1), *strides(cu_seqlens, 0), *strides(state_indices, 0),
+        vectors, rows(k), rows(v, 64), tiles(x), cu_seqlens, state_indices, maps, null_slot, count, part, k.stride(1),
+        v.stride(1), *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RK": heads // k.shape[1], "RV": heads // v.shape[1], "REGISTERS": REGISTERS[2]}
     launch(summary, (heads, places, 2), args, constants, warps=4)

@@ -36,9 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# A chunk's place in memory: X in lines of 128 numbers, the transpose of P' in lines of 64, and in fp32 what multiplies
-# rows of K S and of Q S, and the decay of the state, 64 times.
-WORK, VECTORS = gl.constexpr((128 + 64) * 64), gl.constexpr(4 * 64)
+# Vectors of a chunk in memory: what multiplies rows of K S and of Q S, and the decay of the state, 64 times.
+VECTORS = gl.constexpr(4 * 64)
 FROM_K, FROM_Q, DECAY = gl.constexpr(0), gl.constexpr(64), gl.constexpr(128)
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 """Its name since Triton 3.8, or the one before 3.9."""
@@ -248,16 +247,14 @@ def row_norms(sX):
 
 
 @gluon.jit
-def in_shared(x):
-    """A vector, for every layout."""
-    shared = gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    shared.store(x)
-    return shared
+def line_in_shared():
+    """Room for a vector, which every layout can be read from."""
+    return gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit(do_not_specialize=["N", "null_slot"])
 def prepare(
-    q, k, g, beta, cu_seqlens, slots, work, vectors, scale, null_slot, N,
+    q, k, g, beta, cu_seqlens, slots, x, p, vectors, scale, null_slot, N,
     q_row, q_head, k_row, k_head, g_row, g_head, beta_row, beta_head, cu_stride, slot_stride,
     RQ: gl.constexpr, RK: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr,
 ):  # fmt: skip
@@ -276,6 +273,10 @@ def prepare(
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
     sQ = gl.allocate_shared_memory(dtype, [2, 64, 64], square)
     sK = gl.allocate_shared_memory(dtype, [2, 64, 64], square)
+    # Here, before products run: the compiler takes q's room for free as soon as they have been issued.
+    sP = gl.allocate_shared_memory(dtype, [64, 64], square)
+    s_high, s_of_row, s_of_k = line_in_shared(), line_in_shared(), line_in_shared()
+    s_of_q, s_left, s_strength = line_in_shared(), line_in_shared(), line_in_shared()
     landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(landed.index(0), count=128)
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -302,26 +303,29 @@ def prepare(
         k_norm, q_norm = row_norms(sK), row_norms(sQ)
         of_k, of_q, shrunk, left = of_k * k_norm, of_q * q_norm, shrunk * k_norm, left * k_norm
         from_k, from_q = from_k * k_norm, from_q * q_norm
-    s_high, s_of_row, s_of_k, s_of_q = in_shared(high), in_shared(shrunk), in_shared(of_k), in_shared(of_q)
-    s_left, s_strength = in_shared(left), in_shared(strength)
+    s_high.store(high)
+    s_of_row.store(shrunk)
+    s_of_k.store(of_k)
+    s_of_q.store(of_q)
+    s_left.store(left)
+    s_strength.store(strength)
 
-    sP = gl.allocate_shared_memory(dtype, [64, 64], square)
     KK, KQ = warpgroup_mma_wait(0, deps=(kk, kq))
     sP.store(triangle(KQ, s_high, s_of_row, s_of_q).to(dtype))
     T = inverse(triangle(KK, s_high, s_of_row, s_of_k), dtype == gl.float16)
     T = T * s_strength.load(gl.SliceLayout(1, ACC))[:, None]
     high_T, low_T = parts(T, dtype)
-    p, high_T, low_T = warpgroup_mma_wait(0, deps=(product2(high_T, low_T, sP), high_T, low_T))
+    PT, high_T, low_T = warpgroup_mma_wait(0, deps=(product2(high_T, low_T, sP), high_T, low_T))
     # Writes to memory come after the last fence, which would wait for them.
     chunk = place.to(gl.int64) * gl.num_programs(1) + head
-    work, vectors = work + chunk * WORK, vectors + chunk * VECTORS
+    x, p, vectors = x + chunk * (64 * 128), p + chunk * (64 * 64), vectors + chunk * VECTORS
     line = gl.arange(0, 64, LINE)
     gl.store(vectors + FROM_K + line, from_k)
     gl.store(vectors + FROM_Q + line, from_q)
     gl.store(vectors + DECAY + line, gl.exp2(whole) * rest + gl.zeros([64], gl.float32, LINE))
-    store_square(work + 64 * 128, p, 64)
+    store_square(p, PT, 64)
     high_T, low_T = parts(T * s_left.load(gl.SliceLayout(0, ACC))[None, :], dtype)
     for half in gl.static_range(2):
-        x = product2(high_T, low_T, sK.index(half))
-        x, high_T, low_T = warpgroup_mma_wait(0, deps=(x, high_T, low_T))
-        store_square(work + 64 * half, x, 128)
+        X = product2(high_T, low_T, sK.index(half))
+        X, high_T, low_T = warpgroup_mma_wait(0, deps=(X, high_T, low_T))
+        store_square(x + 64 * half, X, 128)

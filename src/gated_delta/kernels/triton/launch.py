@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.backends.nvidia.compiler import get_ptxas_version
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 
 from gated_delta.errors import BackendError
@@ -118,14 +119,16 @@ def launch(
     start(*(x.data_ptr() if isinstance(x, Tensor) else x for x in args))
 
 
-def _trait(x: Tensor | float | None) -> object:
-    """What Triton compiles for: a tensor's dtype and whether it begins at a multiple of 16 bytes; a number's type and
-    size, whether it is 1, whether 16 divides it.
+def _trait(x: Tensor | TensorDescriptor | float | None) -> object:
+    """What Triton compiles for: a tensor's dtype and whether it begins at a multiple of 16 bytes; what the copy engine
+    takes of a tensor at once; a number's type and size, whether it is 1, whether 16 divides it.
     """
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if x is None or isinstance(x, float):
         return type(x)
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, *x.block_shape
     return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
 
 

@@ -57,10 +57,11 @@ def _pointwise(function: Callable[..., Tensor]) -> Callable[..., Value]:
 def _no_layout(*args: object, **options: object) -> None: ...
 
 
+LAYOUTS = ("BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "SliceLayout", "SwizzledSharedLayout")
 POINTWISE = ("abs", "exp", "exp2", "floor", "log2", "maximum", "minimum", "rsqrt", "where")
 LANGUAGE = SimpleNamespace(
     **{name: getattr(gl, name) for name in ("bfloat16", "float16", "float32", "int1", "int32", "int64")},
-    **dict.fromkeys(("BlockedLayout", "DotOperandLayout", "SliceLayout", "SwizzledSharedLayout"), _no_layout),
+    **dict.fromkeys(LAYOUTS, _no_layout),
     **{name: _pointwise(getattr(torch, name)) for name in POINTWISE},
     NVMMASharedLayout=SimpleNamespace(get_default_for=_no_layout),
     constexpr=lambda x: x,
@@ -76,6 +77,7 @@ LANGUAGE = SimpleNamespace(
     reshape=lambda x, shape: Value(x.data.reshape(shape)),
     permute=lambda x, order: Value(x.data.permute(order)),
     convert_layout=lambda x, layout: x,
+    join=lambda x, y: Value(torch.stack((x.data, y.data), -1)),
     to_tensor=lambda x: x if isinstance(x, Value) else Value(x),
     associative_scan=associative_scan,
     allocate_shared_memory=allocate_shared_memory,

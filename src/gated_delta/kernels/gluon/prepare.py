@@ -7,8 +7,8 @@ chain.py has two products left.
 
 * ``T = (I + N)^-1 diag(beta)`` with N strictly lower triangular. All matrices are held transposed, so that T is the left
   operand of both products, from registers. The diagonal blocks of 16 of N are inverted by substitution in fp32, a thread
-  a column; twice, blocks are then joined by ``x - x C x``, where C is what lies beside the diagonal of each pair. For
-  bf16 activations these products are fp16: every entry is at most 2, and 11 bits cost the error budget 2 %. For fp16
+  a column; twice, pairs of blocks are then joined, ``[[A, C], [0, D]]^-1 = [[A^-1, -A^-1 C D^-1], [0, D^-1]]``. For bf16
+  activations these products are fp16: every entry is at most 2, and 11 bits cost the error budget 2 %. For fp16
   activations they have two parts, and T itself enters products in two parts for both: one alone would exceed the budget
   where keys are similar.
 * A decay between two tokens is ``2^(G_i - G_j)`` with G a running sum of logarithms, each split into a multiple of 1/8,
@@ -26,6 +26,7 @@ chain.py has two products left.
 
 from __future__ import annotations
 
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -41,7 +42,15 @@ VECTORS = gl.constexpr(4 * 64)
 FROM_K, FROM_Q, DECAY = gl.constexpr(0), gl.constexpr(64), gl.constexpr(128)
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 """Its name since Triton 3.8, or the one before 3.9."""
-ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
+
+
+@constexpr_function
+def layout_of(columns: int) -> gl.NVMMADistributedLayout:
+    """Of ``[64, columns]`` results of tensor cores: a warp has 16 rows."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+ACC = gl.constexpr(layout_of(64))
 LINE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 """64 numbers, all in every warp."""
 PLACE = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
@@ -117,8 +126,8 @@ def substitute(N, sD):
     column = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, cube)))[None, :]
     x = gl.zeros([4, 16, 16], gl.float32, cube)  # [block, column, row]
     for i in gl.static_range(15, -1, -1):
-        line = gl.where(row > i, sN.slice(i, 1, dim=1).load(cube), 0.0)
-        new = gl.where(column == i, 1.0, 0.0) - gl.sum(line * x, axis=2)
+        line = sN.slice(i, 1, dim=1).load(cube)
+        new = gl.where(column == i, 1.0, 0.0) - gl.sum(gl.where(row > i, line * x, -0.0), axis=2)
         x = gl.where(row == i, new[:, :, None], x)
     sD.store(gl.permute(x, [0, 2, 1]))
 
@@ -134,9 +143,9 @@ def spread(sD, LIKE):
 
 
 @gluon.jit
-def left_of(x, FINE: gl.constexpr):
-    """x as left operand in fp16, and FINE: what that leaves of it."""
-    left: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+def left_of(x, COLUMNS: gl.constexpr, FINE: gl.constexpr):
+    """x as left operand in fp16 of a product with so many columns, and FINE: what that leaves of it."""
+    left: gl.constexpr = gl.DotOperandLayout(0, layout_of(COLUMNS), 2)
     high = x.to(gl.float16)
     low = high
     if FINE:
@@ -145,14 +154,19 @@ def left_of(x, FINE: gl.constexpr):
 
 
 @gluon.jit
-def product(a, rest, y, sX, sY, FINE: gl.constexpr):
-    """``(a + rest) @ y`` by fp16 tensor cores, FINE: of two fp16 parts each."""
+def product(x, y, COLUMNS: gl.constexpr, FINE: gl.constexpr):
+    """``x @ y`` by fp16 tensor cores, FINE: of two fp16 parts each; y has so many columns."""
+    a, rest = x
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, COLUMNS], gl.float16)
+    sX = gl.allocate_shared_memory(gl.float16, [64, COLUMNS], tile)
     high = y.to(gl.float16)
     sX.store(high)
     if FINE:
+        sY = gl.allocate_shared_memory(gl.float16, [64, COLUMNS], tile)
         sY.store((y - high.to(gl.float32)).to(gl.float16))
     fence_async_shared()
-    z = warpgroup_mma(a, sX, gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True)
+    zero = gl.zeros([64, COLUMNS], gl.float32, layout_of(COLUMNS))
+    z = warpgroup_mma(a, sX, zero, use_acc=False, is_async=True)
     if FINE:
         z = warpgroup_mma(a, sY, z, is_async=True)
         z = warpgroup_mma(rest, sX, z, is_async=True)
@@ -161,28 +175,41 @@ def product(a, rest, y, sX, sY, FINE: gl.constexpr):
 
 
 @gluon.jit
-def widen(x, C, rest, sX, sY, FINE: gl.constexpr):
-    """``x - x C x``: inverses of blocks twice as wide, when C has what is beside the diagonal of each pair."""
-    y = product(C, rest, x, sX, sY, FINE)
-    a, low = left_of(x, FINE)
-    return x - product(a, low, y, sX, sY, FINE)
+def lower(B: gl.constexpr, LAYOUT: gl.constexpr):
+    """Whether a row is in every second block of B rows."""
+    return (gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) // B % 2 == 1)[:, None]
+
+
+@gluon.jit
+def beside(left, right):
+    """``[left, right]``; every thread keeps what it has."""
+    COLUMNS: gl.constexpr = 2 * left.shape[1]
+    x = gl.reshape(gl.permute(gl.join(left, right), [0, 2, 1]), [64, COLUMNS])
+    return gl.convert_layout(x, layout_of(COLUMNS))
 
 
 @gluon.jit
 def inverse(N, FINE: gl.constexpr):
-    """``(I + N)^-1`` of strictly upper triangular N, which is not looked at on and below its diagonal."""
+    """``(I + N)^-1`` of strictly upper triangular N, which is not looked at on and below its diagonal.
+
+    Block diagonal matrices are kept folded, their blocks below each other: as a right operand, and in memory, they are
+    as narrow as a block.
+    """
     i, j = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None], gl.arange(0, 64, gl.SliceLayout(0, ACC))[None, :]
+    near = left_of(gl.where((i // 32 == j // 32) & (i // 16 < j // 16), N, 0.0), 16, FINE)
+    far = left_of(gl.where(i // 32 < j // 32, N, 0.0), 32, FINE)
     sD = gl.allocate_shared_memory(gl.float32, [4, 16, 16], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    near, near_low = left_of(gl.where((i // 32 == j // 32) & (i // 16 < j // 16), N, 0.0), FINE)
-    far, far_low = left_of(gl.where(i // 32 < j // 32, N, 0.0), FINE)
     substitute(N, sD)
-    x = spread(sD, N)
-    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
-    sX = gl.allocate_shared_memory(gl.float16, [64, 64], square)
-    sY = sX
-    if FINE:
-        sY = gl.allocate_shared_memory(gl.float16, [64, 64], square)
-    return widen(widen(x, near, near_low, sX, sY, FINE), far, far_low, sX, sY, FINE)
+    diagonal = left_of(spread(sD, N), 16, FINE)
+    x = sD.reshape([64, 16]).load(layout_of(16))
+    y = product(diagonal, product(near, x, 16, FINE), 16, FINE)
+    below = lower(16, layout_of(16))
+    x = beside(gl.where(below, 0.0, x), gl.where(below, x, -y))
+    y = product(far, x, 32, FINE)
+    below = lower(32, layout_of(32))
+    above = gl.where(below, 0.0, x)
+    y = product(left_of(beside(above, gl.zeros([64, 32], gl.float32, layout_of(32))), 32, FINE), y, 32, FINE)
+    return beside(above, gl.where(below, x, -y))
 
 
 @gluon.jit
@@ -195,13 +222,13 @@ def running(log_alpha):
 
 
 @gluon.jit
-def triangle(products, high, of_row, of_column):
-    """N^T or P^T from the products of keys with keys or queries; vectors in shared memory."""
+def decays(high, of_row):
+    """``2^(G_i - G_j)`` but for a factor of its column; zero below the diagonal. Vectors in shared memory."""
     r: gl.constexpr = gl.SliceLayout(1, ACC)
     c: gl.constexpr = gl.SliceLayout(0, ACC)
     i, j = gl.arange(0, 64, r)[:, None], gl.arange(0, 64, c)[None, :]
-    decay = gl.exp2(gl.where(i <= j, high.load(c)[None, :] - high.load(r)[:, None], -1000.0))
-    return products * (decay * of_row.load(r)[:, None] * of_column.load(c)[None, :])
+    difference = high.load(c)[None, :] - high.load(r)[:, None]
+    return gl.exp2(gl.where(i <= j, difference, -1000.0)) * of_row.load(r)[:, None]
 
 
 @gluon.jit
@@ -311,8 +338,9 @@ def prepare(
     s_strength.store(strength)
 
     KK, KQ = warpgroup_mma_wait(0, deps=(kk, kq))
-    sP.store(triangle(KQ, s_high, s_of_row, s_of_q).to(dtype))
-    T = inverse(triangle(KK, s_high, s_of_row, s_of_k), dtype == gl.float16)
+    decay = decays(s_high, s_of_row)
+    sP.store((KQ * (decay * s_of_q.load(gl.SliceLayout(0, ACC))[None, :])).to(dtype))
+    T = inverse(KK * (decay * s_of_k.load(gl.SliceLayout(0, ACC))[None, :]), dtype == gl.float16)
     T = T * s_strength.load(gl.SliceLayout(1, ACC))[:, None]
     high_T, low_T = parts(T, dtype)
     PT, high_T, low_T = warpgroup_mma_wait(0, deps=(product2(high_T, low_T, sP), high_T, low_T))

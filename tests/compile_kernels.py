@@ -80,14 +80,18 @@ def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, hea
     )  # fmt: skip
 
 
-def hopper(sequences: int, *, dtype: torch.dtype = BF16, norm: bool = True, checkpoints: bool = True) -> None:
-    """The same by the kernel for Hopper."""
+def hopper(
+    groups: int, part: int = 0, *, dtype: torch.dtype = BF16, norm: bool = True, log: bool = True,
+    checkpoints: bool = True,
+) -> None:  # fmt: skip
+    """The same by the kernels for Hopper, and by their other plans: so many groups, parts of so many tokens."""
+    HOSTS["hopper"].plan = lambda *_: HOSTS["hopper"].Plan(groups, part)
     q, v, gate = empty(8192, 16, 128, dtype=dtype), empty(8192, 32, 128, dtype=dtype), empty(8192, 32, dtype=FP32)
-    starts, slots = empty(sequences + 1, dtype=INT), empty(sequences, dtype=INT)
+    starts, slots = empty(9, dtype=INT), empty(8, dtype=INT)
     pool = empty(64, 32, 128, 128, dtype=FP32)
     kept = (pool, starts, 64) if checkpoints else (None, None, 0)
     HOSTS["hopper"].prefill(
-        q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, norm, True, torch.empty_like(v),
+        q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, norm, log, torch.empty_like(v),
         True, pool, *kept,
     )  # fmt: skip
 
@@ -166,12 +170,18 @@ PREFILL: dict[str, Callable[[], None]] = {
     "heads of 256": lambda: prefill(64, head_k=256, head_v=256),
 }
 HOPPER: dict[str, Callable[[], None]] = {
-    "bf16": lambda: hopper(64),
-    "fp16": lambda: hopper(64, dtype=FP16),
-    "without norm": lambda: hopper(64, norm=False),
-    "without checkpoints": lambda: hopper(64, checkpoints=False),
-    "fp16 without both": lambda: hopper(64, dtype=FP16, norm=False, checkpoints=False),
-    "parts": lambda: hopper(1),
+    "bf16": lambda: hopper(2),
+    "fp16": lambda: hopper(2, dtype=FP16),
+    "without norm": lambda: hopper(2, norm=False),
+    "linear gates": lambda: hopper(2, log=False, checkpoints=False),
+    "fp16, plain": lambda: hopper(2, dtype=FP16, norm=False, log=False, checkpoints=False),
+    "one group": lambda: hopper(1),
+    "one group, plain": lambda: hopper(1, norm=False, log=False, checkpoints=False),
+    "one group, fp16": lambda: hopper(1, dtype=FP16),
+    "parts": lambda: hopper(2, 1024),
+    "parts, fp16": lambda: hopper(2, 1024, dtype=FP16, checkpoints=False),
+    "parts, one group": lambda: hopper(1, 1024),
+    "parts, one group, fp16": lambda: hopper(1, 1024, dtype=FP16, checkpoints=False),
 }
 LAYER: dict[str, Callable[[], None]] = {
     "conv": conv,

@@ -32,7 +32,7 @@ def test_shapes_survive_the_way_to_a_process() -> None:
 @pytest.mark.parametrize("num_spec", [0, 2])
 def test_every_case_runs(num_spec: int) -> None:
     cases = module._cases(shapes(num_spec=num_spec))
-    assert len(cases) == (23 if num_spec else 15)
+    assert len(cases) == (27 if num_spec else 19)
     for case in cases:
         case()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from math import prod
 from typing import NamedTuple
@@ -92,8 +93,25 @@ def _separate_refuses(request: Request) -> str | None:
     return _triton_refuses(request)
 
 
+@cache
+def _hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def _gluon_refuses(request: Request) -> str | None:
+    if request.operator != "chunk_gated_delta_rule":
+        return "it serves chunk_gated_delta_rule and nothing else"
+    if request.device != "cuda" or not _hopper():
+        return "it serves tensors on a Hopper GPU (compute capability 9), and these are not"
+    if request.dtype not in FLOATS[:2] or (request.head_k, request.head_v) != (128, 128):
+        dtypes, sizes = describe_dtypes([request.dtype]), f"K={request.head_k}, V={request.head_v}"
+        return f"it serves {describe_dtypes(FLOATS[:2])} with K=128, V=128, and this is {dtypes} with {sizes}"
+    return _triton_refuses(request)
+
+
 BACKENDS = (
     Backend("cpu", "plain torch, fp32 arithmetic", _cpu_refuses),
+    Backend("gluon", "prefill by Hopper's warp groups and copy engine, in Gluon", _gluon_refuses),
     # Before the fused step, until that has run on a GPU.
     Backend("separate", "convolution, rule and norm by Triton kernels of their own", _separate_refuses),
     Backend("triton", "Triton kernels for any GPU", _fused_refuses),

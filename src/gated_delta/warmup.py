@@ -169,9 +169,11 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
 
 def _cases(s: _Shapes) -> list[Callable[[], object]]:
     """Every call that is made, slowest to compile first, so that processes share the work evenly."""
+    # Long sequences of few heads are worked on in parts.
+    lengths = (4096, 200, 16) if s.config.num_v_heads <= 16 else (200, 16)
     cases: list[Callable[[], object]] = [
         partial(_prefill, s, length, pooled=pooled, known=known)
-        for length in (200, 16)
+        for length in lengths
         for pooled in (False, True)
         for known in (False, True)
     ]
@@ -219,14 +221,14 @@ def _recurrent(
 
 def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
     """Sequences of so many tokens as a layer has them (a pool, norms in the kernel), or with states of their own: so
-    many that the states fill 256 processors, more than that change nothing.
+    many that the states fill 256 processors, more than that change nothing; one sequence, if it is long.
 
     Args:
         known: it is said which slots of the pool hold a state to start from; without a pool, there are such states.
     """
     c = s.config
     heads = (c.num_k_heads, c.head_k_dim)
-    for rows in s.batches[: 256 // c.num_v_heads + 1]:
+    for rows in s.batches[: 256 // c.num_v_heads + 1 if length <= 200 else 1]:
         total = rows * length
         q, k, v = s.empty(total, c.conv_dim).split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
         states = s.empty(rows, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=s.state_dtype)

@@ -1,5 +1,5 @@
-"""The chunks of one head of one sequence, or of a part of it, for what :mod:`prepare` made of each: groups of four warps
-side by side.
+"""The chunks of one head of one sequence, or of a part of it, for what :mod:`prepare` made of each: groups of four
+warps side by side.
 
 * ``load`` brings q, k, v, X and P' of coming chunks into shared memory.
 * A group of ``keep`` holds 64 values of the state, ``[V, K]`` in fp32 registers. Every product of its is transposed,
@@ -102,12 +102,13 @@ def store_state(base, line, S):
 @gluon.jit
 def first_state(base, line, is_there):
     """64 values of a ``[V, K]`` state in fp32; zero where there is none, and what is there (NaN) is not looked at."""
-    if base is None:
-        return gl.zeros([64, 128], gl.float32, WIDE)
-    row = gl.arange(0, 64, gl.SliceLayout(1, WIDE)).to(gl.int64)[:, None]
-    column = gl.arange(0, 128, gl.SliceLayout(0, WIDE))[None, :]
-    inside = (row >= 0) & (column >= 0) & is_there
-    return gl.load(base + row * line + column, mask=inside, other=0.0).to(gl.float32)
+    S = gl.zeros([64, 128], gl.float32, WIDE)
+    if base is not None:
+        row = gl.arange(0, 64, gl.SliceLayout(1, WIDE)).to(gl.int64)[:, None]
+        column = gl.arange(0, 128, gl.SliceLayout(0, WIDE))[None, :]
+        inside = (row >= 0) & (column >= 0) & is_there
+        S = gl.load(base + row * line + column, mask=inside, other=0.0).to(gl.float32)
+    return S
 
 
 @gluon.jit
@@ -249,18 +250,17 @@ def part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size
 @gluon.jit(do_not_specialize=["null_slot", "L", "N", "size"])
 def chain(
     vectors, q, k, v, x, p, cu_seqlens, slots, source, has_state, final, checkpoints, checkpoint_starts, output,
-    null_slot, L, N, size, every, q_head, k_head, v_head, o_row, o_head, cu_stride, slot_stride, has_stride, starts_stride,
-    s_slot, s_head, s_line, f_slot, f_head, f_line, c_row, c_head, c_line,
+    null_slot, L, N, size, every,
+    q_head, k_head, v_head, o_row, o_head, cu_stride, slot_stride, has_stride, starts_stride, s_slot, s_head, s_line,
+    f_slot, f_head, f_line, c_row, c_head, c_line,
     RQ: gl.constexpr, RK: gl.constexpr, RV: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr,
     ZERO_PADDING: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A head of a sequence, or with PARTS of ``size`` tokens of one, from a state that is at its place in ``source``.
     The last programs write zeros behind the last sequence, if wanted.
     """
-    head, place = gl.program_id(0).to(gl.int64), gl.program_id(1)
-    heads, own = gl.num_programs(0), gl.to_tensor(0)
-    if GROUPS == 1:
-        heads, own, head = heads // 2, (gl.program_id(0) % 2) * 64, head // 2
+    half, place = gl.program_id(0) * GROUPS, gl.program_id(1)
+    heads, head, own = gl.num_programs(0) * GROUPS // 2, (half // 2).to(gl.int64), half % 2 * 64
     output += head * o_head + own
     if ZERO_PADDING:
         if place == gl.num_programs(1) - 1:

@@ -74,8 +74,8 @@ def summary(
 
 @triton.jit(do_not_specialize=["null_slot", "size"])
 def states_before(
-    maps, cu_seqlens, slots, source, has_state, states, null_slot, size, cu_stride, slot_stride, has_stride, s_slot, s_head,
-    s_line, ROWS: tl.constexpr,
+    maps, cu_seqlens, slots, source, has_state, states, null_slot, size, cu_stride, slot_stride, has_stride, s_slot,
+    s_head, s_line, ROWS: tl.constexpr,
 ):  # fmt: skip
     """``states[place, head]`` for all parts of a sequence, ROWS values of a head in a program."""
     tile, head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)

@@ -25,9 +25,9 @@ PREPARE_REGISTERS = 128
 """Four programs of :func:`prepare` on a processor."""
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
-ALONE_US, CHUNK_US, SUMMARY_US, PART_US, SPLIT_US = 0.75, 1.1, 0.9, 1.5, 8.0
+ALONE_US, CHUNK_US, SUMMARY_US, PART_US, SPLIT_US = 1.05, 1.72, 1.4, 1.5, 8.0
 """What a chunk takes where one group has a processor, where two have, one of a summary; a part on the way through a
-sequence; and two launches more.
+sequence; and two launches more. Measured on an H200 (docs/performance.md), but for the last two.
 """
 
 
@@ -40,20 +40,36 @@ class Plan(NamedTuple):
     """Tokens of a part, 0 for whole sequences."""
 
 
-def plan(total: int, count: int, heads: int, processors: int) -> Plan:
-    """What is soonest done, if all sequences are as long as the mean."""
+def plan(total: int, count: int, heads: int, processors: int, whole: bool) -> Plan:
+    """What is soonest done, if all sequences are as long as the mean; ``whole`` sequences if they must be."""
     chunks = -(-total // (CHUNK * max(count, 1)))
-    states = count * heads
-    best, least = Plan(2, 0), math.inf
-    for parts in range(1, min(chunks, processors) + 1):
+    step = 1 << max(chunks.bit_length() - 4, 0)  # few different ones, for the cache
+    groups, parts = _soonest(-(-chunks // step) * step, count * heads, processors, whole)
+    return Plan(groups, CHUNK * -(-chunks // parts) if parts > 1 else 0)
+
+
+@cache
+def _soonest(chunks: int, states: int, processors: int, whole: bool) -> tuple[int, int]:
+    """Groups and parts for sequences of so many chunks."""
+    best, least = (2, 1), math.inf
+    most = 1 if whole else min(chunks, 3 * processors // max(states, 1) + 1)
+    for parts in range(1, most + 1):
         length = -(-chunks // parts)
-        summaries = -(-2 * states * (parts - 1) // processors) * SUMMARY_US * length
-        split = parts * PART_US + SPLIT_US if parts > 1 else 0.0
+        split = 0.0
+        if parts > 1:
+            summaries = -(-2 * states * (parts - 1) // processors)
+            split = summaries * SUMMARY_US * length + parts * PART_US + SPLIT_US
         for groups, each in ((2, CHUNK_US), (1, ALONE_US)):
-            needed = -(-states * parts * 2 // (groups * processors)) * each * length + summaries + split
+            needed = -(-states * parts * 2 // (groups * processors)) * each * length + split
             if needed < least:
-                best, least = Plan(groups, length * CHUNK if parts > 1 else 0), needed
+                best, least = (groups, parts), needed
     return best
+
+
+def tileable(x: Tensor) -> bool:
+    """Whether the copy engine can take tiles of ``[L, H, 128]``: rows of heads that begin at multiples of 16 bytes."""
+    row, head = x.stride(0), x.stride(1)
+    return x.data_ptr() % 16 == 0 and row % 8 == 0 and head % 8 == 0 and row >= (x.shape[1] - 1) * head + 128
 
 
 def rows(x: Tensor, columns: int = 128) -> TensorDescriptor:
@@ -116,7 +132,8 @@ def prefill(
     """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits."""
     (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
     source = final_state if in_place else initial_state
-    groups, part = plan(total, count, heads, _processors(q.device))
+    # Parts change bits, and a checkpoint has those of the final state of a prefix.
+    groups, part = plan(total, count, heads, _processors(q.device), checkpoints is not None)
     if total == 0 and count == 0:
         return
     before = _prepared(q, k, g, beta, cu_seqlens, state_indices, null_slot, scale, use_qk_l2norm, log_gates, heads)

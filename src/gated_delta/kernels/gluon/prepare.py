@@ -1,16 +1,16 @@
 """What a chunk of 64 tokens does, apart from the state that it starts from: for all chunks at once, on Hopper.
 
-docs/maths.md writes a chunk as ``U = T (V - diag(d) K S)``, ``S' = d_C S + Kt^T U``, ``O = diag(d) Q S + P U``. T, P and
-Kt need no state, so U need not be formed: with ``Y = V - diag(d) K S`` it is ``S' = d_C S + X^T Y`` and
+docs/maths.md writes a chunk as ``U = T (V - diag(d) K S)``, ``S' = d_C S + Kt^T U``, ``O = diag(d) Q S + P U``. T, P
+and Kt need no state, so U need not be formed: with ``Y = V - diag(d) K S`` it is ``S' = d_C S + X^T Y`` and
 ``O = diag(d) Q S + P' Y``, where ``X = T^T Kt`` and ``P' = P T``. This kernel makes X and P' (rounded to q's dtype);
 chain.py has two products left.
 
-* ``T = (I + N)^-1 diag(beta)`` with N strictly lower triangular. All matrices are held transposed, so that T is the left
-  operand of both products, from registers. The diagonal blocks of 16 of N are inverted by substitution in fp32, a thread
-  a column; twice, pairs of blocks are then joined, ``[[A, C], [0, D]]^-1 = [[A^-1, -A^-1 C D^-1], [0, D^-1]]``. For bf16
-  activations these products are fp16: every entry is at most 2, and 11 bits cost the error budget 2 %. For fp16
-  activations they have two parts, and T itself enters products in two parts for both: one alone would exceed the budget
-  where keys are similar.
+* ``T = (I + N)^-1 diag(beta)`` with N strictly lower triangular. All matrices are held transposed, so that T is the
+  left operand of both products, from registers. The diagonal blocks of 16 of N are inverted by substitution in fp32, a
+  thread a column; twice, pairs of blocks are then joined, ``[[A, C], [0, D]]^-1 = [[A^-1, -A^-1 C D^-1], [0, D^-1]]``.
+  For bf16 activations these products are fp16: every entry is at most 2, and 11 bits cost the error budget 2 %. For
+  fp16 activations they have two parts, and T itself enters products in two parts for both: one alone would exceed the
+  budget where keys are similar.
 * A decay between two tokens is ``2^(G_i - G_j)`` with G a running sum of logarithms, each split into a multiple of 1/8,
   whose sums and differences are exact, and a rest below 1/8: a strong decay costs the weak ones behind it nothing.
   alpha = 0 counts as 2^-160, which is 0 in fp32.
@@ -155,7 +155,7 @@ def left_of(x, COLUMNS: gl.constexpr, FINE: gl.constexpr):
 
 @gluon.jit
 def product(x, y, COLUMNS: gl.constexpr, FINE: gl.constexpr):
-    """``x @ y`` by fp16 tensor cores, FINE: of two fp16 parts each; y has so many columns."""
+    """Of x and y by fp16 tensor cores, FINE: of two fp16 parts each; y has so many columns."""
     a, rest = x
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, COLUMNS], gl.float16)
     sX = gl.allocate_shared_memory(gl.float16, [64, COLUMNS], tile)
@@ -235,7 +235,7 @@ def decays(high, of_row):
 def parts(x, DTYPE: gl.constexpr):
     """fp32 as a sum of two numbers of 16 bits, as left operands."""
     left: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    if DTYPE == gl.bfloat16:  # cut, not rounded: what is left is exact, and scalar conversions are slow
+    if gl.bfloat16 == DTYPE:  # cut, not rounded: what is left is exact, and scalar conversions are slow
         high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
     else:
         high = x.to(DTYPE).to(gl.float32)

@@ -27,6 +27,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
+from gluon_shared import placed, taken_operands
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that a program may take, by generation."""
@@ -351,6 +353,8 @@ def results(capability: int, groups: list[str]) -> Iterator[dict[str, Any]]:
                 facts |= {"shared": kernel.metadata.shared, "constants": launch.constants}
                 if "wgmma" in kernel.asm["ptx"]:
                     facts["serialised"] = serialised(kernel.asm["ptx"], capability)
+                    text = placed(kernel.asm["ttgir"], make_backend(target), capability)
+                    facts["taken_operands"] = taken_operands(text)
                 yield {**facts, **figures(kernel.asm["cubin"])}
 
 

@@ -5,10 +5,11 @@ next when it waits at a barrier is drawn from a seed. What a GPU would get wrong
 the order:
 
 * Races. Whatever partitions do to shared memory carries a time on vector clocks, which barriers hand on. Two accesses
-  that no barrier orders, one of them a write, are an error, and so is a product that reads what was written without a
-  fence in between.
-* An asynchronous copy spoils its destination at once and lands later. A product reads its operands in shared memory,
-  and what it adds to, only when it is waited for; until then its result is nothing to compute with.
+  that no barrier orders, one of them a write, are an error, and so is a product, or a tile of the copy engine, on what
+  was written without a fence in between. What the copy engine wrote needs none: products read as it writes.
+* An asynchronous copy spoils its destination at once and lands later, in no order but that of a barrier. A product
+  reads its operands in shared memory, and what it adds to, only when it is waited for; until then its result is nothing
+  to compute with, and nothing is allocated: the compiler takes a product's operands for free once it is issued.
 * Barriers count as the hardware does. An arrival that nobody expects is an error; where all partitions wait, the error
   says for which barriers.
 
@@ -36,10 +37,10 @@ here = threading.local()
 
 
 class Agent:
-    """Whoever uses shared memory: a partition, or its copies, which run beside it.
+    """Whoever uses shared memory: a partition, or one of its copies, which run beside it.
 
     ``seen[x]`` is the time of agent x up to which all that it did comes before what this agent does next;
-    ``fenced[x]`` the same for what products may read of it.
+    ``fenced[x]`` the same for what products may read of it, and the copy engine overwrite.
     """
 
     def __init__(self, name: str, parent: Agent | None = None) -> None:
@@ -76,14 +77,14 @@ class Memory:
     def __init__(self) -> None:
         self.uses: dict[range, dict[tuple[str, bool], int]] = {}
 
-    def use(self, data: Tensor, agent: Agent, *, write: bool, product: bool = False) -> None:
-        own = stretch(data)
+    def use(self, data: Tensor, agent: Agent, *, write: bool, fenced: bool = False) -> None:
+        own, doing = stretch(data), "writes" if write else "reads"
         for (name, wrote), time in (use for x, uses in self.uses.items() if meet(own, x) for use in uses.items()):
             if name != agent.name and (write or wrote) and agent.seen[name] < time:
-                doing, done = "writes" if write else "reads", "wrote" if wrote else "read"
+                done = "wrote" if wrote else "read"
                 raise KernelError(f"race: {agent.name} {doing} {name_of(self)}, which {name} {done} meanwhile")
-            if product and wrote and agent.fenced[name] < time:
-                raise KernelError(f"no fence: a product of {agent.name} reads {name_of(self)} of {name}")
+            if fenced and wrote and agent.fenced[name] < time:
+                raise KernelError(f"no fence: {agent.name} {doing} {name_of(self)} of {name} past its caches")
         self.uses.setdefault(own, {})[agent.name, write] = agent.seen[agent.name]
 
 
@@ -191,11 +192,16 @@ class Partition:
 
     def __init__(self, block: Block, agent: Agent, warps: int) -> None:
         self.block, self.agent, self.warps = block, agent, warps
-        self.copier = Agent(f"copies of {agent.name}", agent)
-        self.copies: list[tuple[Shared, Tensor]] = []
+        self.copies: list[tuple[Shared, Tensor, Agent]] = []
+        self.copied = 0
         self.products: deque[Product] = deque()
         self.ready: Callable[[], bool] = lambda: True
         self.waits_for, self.done = "its first turn", False
+
+    def copier(self) -> Agent:
+        """Of one copy, which begins after all that the partition has done."""
+        self.copied += 1
+        return Agent(f"copy {self.copied} of {self.agent.name}", self.agent)
 
     def give_way(self, ready: Callable[[], bool], what: str) -> None:
         """Let others run, until ``ready``."""
@@ -223,7 +229,7 @@ class Block:
     def __init__(self, place: tuple[int, ...], grid: tuple[int, ...], warps: int, seed: int) -> None:
         self.place, self.grid, self.random = place, grid, random.Random(seed)
         self.changed = threading.Condition()
-        self.landing: deque[Callable[[], None]] = deque()
+        self.landing: list[Callable[[], None]] = []
         self.failure: BaseException | None = None
         self.main = self.turn = Partition(self, Agent("the program"), warps)
         self.partitions = [self.main]
@@ -234,7 +240,7 @@ class Block:
             able = [x for x in waiting if x.ready()]
             while self.landing and (not able or self.random.random() < 1 / 4) and self.failure is None:
                 try:
-                    self.landing.popleft()()
+                    self.landing.pop(self.random.randrange(len(self.landing)))()
                 except KernelError as error:
                     self.failure = error
                 able = [x for x in waiting if x.ready()]
@@ -282,7 +288,7 @@ class Product:
     def touch(self) -> None:
         for x in (self.left, self.right):
             if isinstance(x, Shared):
-                x.memory.use(x.data, here.partition.agent, write=False, product=True)
+                x.memory.use(x.data, here.partition.agent, write=False, fenced=True)
 
     def reads(self, shared: Shared) -> bool:
         operands = [x for x in (self.left, self.right) if isinstance(x, Shared) and x.memory is shared.memory]
@@ -323,18 +329,17 @@ def fence_async_shared() -> None:
 
 
 def copy_to_shared(smem: Shared, pointer: Pointer, mask: Any = True) -> None:
-    partition: Partition = here.partition
-    partition.copier.learn(partition.agent)
-    smem.memory.use(smem.data, partition.copier, write=True)
-    partition.copies.append((smem, pointer.load(mask).data.expand(smem.shape)))
+    copier = here.partition.copier()
+    smem.memory.use(smem.data, copier, write=True)
+    here.partition.copies.append((smem, pointer.load(mask).data.expand(smem.shape), copier))
     smem.data.fill_(math.nan)
 
 
 def copy_tile(tensor: Tiled, place: Sequence[Any], barrier: Barrier, smem: Shared) -> None:
-    """By the copy engine, which writes zeros for what lies outside of the tensor, and needs no fence."""
-    partition: Partition = here.partition
-    partition.copier.learn(partition.agent)
-    smem.memory.use(smem.data, partition.copier, write=True)
+    """By the copy engine, which writes zeros for what lies outside of the tensor."""
+    copier = here.partition.copier()
+    smem.memory.use(smem.data, copier, write=True, fenced=True)
+    copier.fenced[copier.name] = copier.seen[copier.name]  # as products read it
     data = torch.zeros(smem.shape, dtype=smem.data.dtype)
     inside = tensor.whole[tuple(slice(int(raw(x)), int(raw(x)) + n) for x, n in zip(place, smem.shape, strict=True))]
     data[tuple(map(slice, inside.shape))] = inside
@@ -342,20 +347,22 @@ def copy_tile(tensor: Tiled, place: Sequence[Any], barrier: Barrier, smem: Share
 
     def land() -> None:
         smem.data.copy_(data)
-        barrier.receive(partition.copier, data.nbytes)
+        barrier.receive(copier, data.nbytes)
 
-    partition.block.landing.append(land)
+    here.partition.block.landing.append(land)
 
 
 def copies_arrive(barrier: Barrier, increment_count: bool = True) -> None:
     partition: Partition = here.partition
     threads, copies, partition.copies = 32 * partition.warps, partition.copies, []
+    arrival = Agent(f"copies of {partition.agent.name}")
     if increment_count:
         barrier.pending += threads
 
     def land() -> None:
-        for smem, data in copies:
+        for smem, data, copier in copies:
             smem.data.copy_(data)
-        barrier.arrive(partition.copier, threads)
+            arrival.learn(copier)
+        barrier.arrive(arrival, threads)
 
     partition.block.landing.append(land)

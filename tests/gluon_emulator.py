@@ -36,10 +36,12 @@ from gluon_block import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from gluon_values import TORCH, Pointer, Value, argument, raw
+from gluon_values import TORCH, KernelError, Value, argument, raw
 
 
 def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: object = None) -> Any:
+    if here.partition.products:
+        raise KernelError(f"{here.partition.agent.name} allocates while its products run, whose operands it may get")
     if dtype == gl.int64:
         return Barriers(shape[0])
     return Shared(Memory(), torch.full(tuple(shape), math.nan, dtype=TORCH[dtype]))
@@ -102,8 +104,8 @@ REPLACED: dict[int, Any] = {
 }
 for _name in ("async_load", "async_copy_global_to_shared"):  # the same: before Triton 3.9, and since 3.8
     REPLACED[id(getattr(async_copy, _name, None))] = copy_to_shared
-Edits = Mapping[str, tuple[str, str]]
-"""By function: a piece of its source that is replaced, and what by."""
+Edits = Mapping[str, Sequence[tuple[str, str]]]
+"""By function: pieces of its source that are replaced, and what by."""
 
 
 class Plain:
@@ -116,11 +118,14 @@ class Plain:
         names, function = self.names(kernel.fn.__globals__), kernel.fn
         if function.__name__ not in self.edits:
             return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
-        source, (old, new) = textwrap.dedent(inspect.getsource(function)), self.edits[function.__name__]
-        if old not in source:
-            raise LookupError(f"{function.__name__} has no {old!r}")
+        source = textwrap.dedent(inspect.getsource(function))
+        source = source[source.index("def ") :]
+        for old, new in self.edits[function.__name__]:
+            if old not in source:
+                raise LookupError(f"{function.__name__} has no {old!r}")
+            source = source.replace(old, new)
         changed: dict[str, Any] = {}
-        exec(source[source.index("def ") :].replace(old, new), names, changed)
+        exec(source, names, changed)
         return changed[function.__name__]
 
     def names(self, module: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import compile_kernels
+import gluon_shared
 from gated_delta.errors import BackendError
 from gated_delta.kernels.triton import launch
 
@@ -35,8 +36,8 @@ STEP_REGISTERS = {"step, heads of 96 and 192": 255, "step, 4 tokens": 255, "step
 SPILLED = {("step_kernel", None): 16, ("chain", 1): 184, ("chain", 3): 32}
 """Bytes of the stack that kernels may take, by stages; all others none."""
 
-HOPPER_SPILLED = {"parts, fp16, chain": 16}
-"""Bytes of the stack by Triton 3.6, outside of the loop; all others of Hopper's prefill take none."""
+FP16_SPILLED = 16
+"""Bytes of the stack that kernels of Hopper's prefill take in fp16 by Triton 3.6, outside of loops; in bf16 none."""
 
 
 def compiled(cache: Path, capabilities: str, *groups: str) -> Kernels:
@@ -131,16 +132,19 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 
 
 def test_prefill_of_hopper(hopper: Kernels) -> None:
-    parts = {"summary", "states_before"}
-    launched = {"prepare": set(compile_kernels.HOPPER), "chain": set(compile_kernels.HOPPER)}
-    launched |= dict.fromkeys(parts, {case for case in compile_kernels.HOPPER if case.startswith("parts")})
-    assert hopper.keys() == {f"{case}, {kernel}" for kernel, cases in launched.items() for case in cases}
-    assert {name: x["stack"] for name, x in hopper.items() if x["stack"] > HOPPER_SPILLED.get(name, 0)} == {}
+    parts = ("summary", "states_before")
+    launched = {case: ("prepare", "chain", *(parts if "parts" in case else ())) for case in compile_kernels.HOPPER}
+    assert hopper.keys() == {f"{case}, {kernel}" for case, kernels in launched.items() for kernel in kernels}
+    assert {name: x["stack"] for name, x in hopper.items() if x["stack"] > FP16_SPILLED * ("fp16" in name)} == {}
     for name, kernel in hopper.items():
         assert kernel["local"] == 0, name
         assert kernel["wrong_descriptors"] == kernel["overwritten_operands"] == kernel.get("serialised", []) == [], name
         assert kernel["shared"] <= compile_kernels.SHARED[90], name
         assert count(kernel, "LDGSTS", "128" if kernel["kernel"] in ("prepare", "states_before") else "64") > 0, name
+
+
+def test_nothing_of_hopper_takes_the_place_of_what_a_product_reads(hopper: Kernels) -> None:
+    assert {name: x["taken_operands"] for name, x in hopper.items() if x.get("taken_operands")} == {}
 
 
 def test_chunks_of_hopper_are_prepared_four_to_a_processor(hopper: Kernels) -> None:
@@ -190,6 +194,24 @@ def test_a_descriptor_made_from_another_register_is_found() -> None:
     assert compile_kernels.wrong_descriptors([*before, wrong]) == [f"{wrong}, after {before[0]}"]
     assert compile_kernels.wrong_descriptors([*before, wrong.replace("UR6", "UR9")]) == []
     assert compile_kernels.wrong_descriptors([*before, "UIADD3.64 UR8, UR6, 0x2, URZ", wrong.replace("UR6", "UR9")])
+
+
+ISSUED = """
+    %sQ = ttg.local_alloc {allocation.offset = 1024 : i32} : () -> !ttg.memdesc<2x8x64xbf16, #shared, #smem, mutable>
+    %0 = ttg.memdesc_index %sQ[%c0] : !ttg.memdesc<2x8x64xbf16, #shared> -> !ttg.memdesc<8x64xbf16, #shared>
+    %z = ttng.warp_group_dot %1, %0, %cst, %false {isAsync = true} : tensor<64x64xbf16> * !ttg.memdesc<8x64xbf16>
+"""
+WAITED = "    %9:2 = ttng.warp_group_dot_wait %z, %y {pendings = 0 : i32} : tensor<64x64xf32>, tensor<64x64xf32>\n"
+
+
+@pytest.mark.parametrize(("offset", "is_taken"), [(0, False), (1024, True), (3071, True), (3072, False)])
+@pytest.mark.parametrize("operation", ["ttg.convert_layout %x", "ttg.local_alloc"])
+def test_memory_given_away_while_a_product_reads_it_is_found(operation: str, offset: int, is_taken: bool) -> None:
+    step = f"    %2 = {operation} {{allocation.offset = {offset} : i32}} : () -> !ttg.memdesc<64xf32, #shared>\n"
+    found = [f"{operation.split(maxsplit=1)[0]} at {offset}"] if is_taken else []
+    assert gluon_shared.taken_operands(ISSUED + step + WAITED) == found
+    assert gluon_shared.taken_operands(ISSUED + WAITED.replace("= 0", "= 1") + step) == found
+    assert gluon_shared.taken_operands(ISSUED + WAITED + step) == []
 
 
 def sass(*steps: str) -> str:

@@ -32,6 +32,16 @@ def in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(host, "launch", gluon_emulator.launch)
 
 
+@pytest.fixture(params=[1, 2])
+def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """That keep 64 values of a state each, in a program, where the plan would be for one."""
+    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(request.param, 0))
+    return request.param
+
+
+with_either = pytest.mark.usefixtures("groups")
+
+
 def small(lengths: Any = (70, 0, 5), *, state: torch.dtype = torch.float32, **options: Any) -> Inputs:
     sizes = {"hq": 1, "hk": 1, "hv": 1, "head_k": 128, "head_v": 128}
     return with_state(prefill_inputs(lengths, **{**sizes, **options}), dtype=state)
@@ -57,6 +67,7 @@ GATES: dict[str, Callable[[torch.dtype], Inputs]] = {
 }
 
 
+@with_either
 @pytest.mark.parametrize("name", GATES)
 def test_gates_and_keys(name: str) -> None:
     inputs = GATES[name](torch.bfloat16)
@@ -91,18 +102,21 @@ def test_any_scale_is_honoured(scale: float) -> None:
     assert bool((output == 0).all()) == (scale == 0)
 
 
+@with_either
 @pytest.mark.parametrize("heads", [(2, 2, 4), (1, 1, 3), (4, 2, 2)])
 def test_grouped_heads(heads: tuple[int, int, int]) -> None:
     inputs = small([70], **dict(zip(("hq", "hk", "hv"), heads, strict=True)))
     assert_right(inputs, *run(inputs))
 
 
+@with_either
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 129, 400])
 def test_lengths(length: int) -> None:
     inputs = small([length], gates="weak")
     assert_right(inputs, *run(inputs))
 
 
+@with_either
 def test_rows_of_fused_buffers() -> None:
     inputs = small([33, 70], hv=2)
     given = to_device(inputs, DEVICE)
@@ -115,6 +129,7 @@ def test_rows_of_fused_buffers() -> None:
     assert_right(inputs, *prefill(given, backend="triton"))
 
 
+@with_either
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_output_and_states_of_the_caller(dtype: torch.dtype) -> None:
     inputs = small(state=dtype)
@@ -134,6 +149,7 @@ def pool_of(states: Tensor, slots: list[int], size: int) -> Pool:
     return pool
 
 
+@with_either
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_pool_in_place(dtype: torch.dtype) -> None:
     inputs, slots = small(state=dtype), [6, 2, 9]
@@ -145,6 +161,7 @@ def test_pool_in_place(dtype: torch.dtype) -> None:
     assert pool.untouched_except(slots)
 
 
+@with_either
 @pytest.mark.parametrize("null_slot", [None, 3])
 @pytest.mark.parametrize("ours", [True, False])
 def test_padding_rows(null_slot: int | None, ours: bool) -> None:
@@ -163,6 +180,7 @@ def test_padding_rows(null_slot: int | None, ours: bool) -> None:
     assert pool.untouched_except([5, 1])
 
 
+@with_either
 @pytest.mark.parametrize("pooled", [True, False])
 def test_sequences_without_initial_state_start_from_zero(pooled: bool) -> None:
     inputs, slots = small([33, 0, 20]), [6, 2, 4]
@@ -180,6 +198,7 @@ def test_sequences_without_initial_state_start_from_zero(pooled: bool) -> None:
     assert bool((state[1] == 0).all())
 
 
+@with_either
 @pytest.mark.parametrize("lengths", [[0], [0, 0, 65, 0, 1, 0, 64, 0]])
 def test_empty_sequences_keep_their_state(lengths: list[int]) -> None:
     inputs = small(lengths)
@@ -190,6 +209,7 @@ def test_empty_sequences_keep_their_state(lengths: list[int]) -> None:
     assert bool((run({**inputs, "initial_state": None})[1][empty] == 0).all())
 
 
+@with_either
 @pytest.mark.parametrize("ours", [True, False])
 def test_no_sequences_at_all(ours: bool) -> None:
     inputs = small([70]) | {"cu_seqlens": torch.tensor([0]), "initial_state": None}
@@ -198,6 +218,7 @@ def test_no_sequences_at_all(ours: bool) -> None:
     assert state.shape == (0, 1, 128, 128)
 
 
+@with_either
 @pytest.mark.parametrize("ours", [True, False])
 def test_tokens_behind_the_last_sequence_are_padding(ours: bool) -> None:
     inputs = small([33, 70, 100])
@@ -211,6 +232,7 @@ def test_tokens_behind_the_last_sequence_are_padding(ours: bool) -> None:
     assert_right(sequences(inputs, [0, 1]), output[:103], state)
 
 
+@with_either
 @pytest.mark.parametrize("every", [64, 128])
 def test_checkpoints_are_the_final_states_of_prefixes(every: int) -> None:
     lengths, first = [64, 200, 0, 63], [2, 4, 8, 9, 9]
@@ -228,6 +250,7 @@ def test_checkpoints_are_the_final_states_of_prefixes(every: int) -> None:
             assert same_bits(stored.view[first[i] + j].cpu(), state[0]), (i, j)
 
 
+@with_either
 @pytest.mark.parametrize("splits", [(64,), (1, 65), (0, 128)])
 def test_continuation(splits: tuple[int, ...]) -> None:
     inputs = small([150])
@@ -238,6 +261,7 @@ def test_continuation(splits: tuple[int, ...]) -> None:
     assert_right(inputs, torch.cat(outputs), state)
 
 
+@with_either
 def test_a_sequence_has_its_own_bits_whatever_the_batch() -> None:
     inputs = small([70, 0, 1, 64]) | {"use_qk_l2norm_in_kernel": True}
     output, state = run(inputs)
@@ -248,7 +272,7 @@ def test_a_sequence_has_its_own_bits_whatever_the_batch() -> None:
 
 
 @emulated
-def test_the_order_in_which_partitions_run_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_in_which_partitions_run_changes_no_bit(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, before = small([330]), None
     for seed in range(5):
         monkeypatch.setattr(host, "launch", partial(gluon_emulator.launch, seed=seed))
@@ -257,11 +281,23 @@ def test_the_order_in_which_partitions_run_changes_no_bit(monkeypatch: pytest.Mo
         before = after
 
 
-@pytest.fixture(params=[64, 128])
+@pytest.mark.parametrize("part", [0, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_groups_change_no_bit(dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a sequence's bits would hang on the batch."""
+    inputs = unit(small([200, 0, 65], hv=2, gates="weak", dtype=dtype), 3.0)
+    found = []
+    for groups in (1, 2):
+        monkeypatch.setattr(host, "plan", lambda *_, groups=groups: host.Plan(groups, part))
+        found.append(run(inputs))
+    assert all(same_bits(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.fixture(params=[(1, 64), (2, 64), (2, 128)])
 def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tokens of a part, for the tests that want parts of short sequences."""
-    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(2, request.param))
-    return request.param
+    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(*request.param))
+    return request.param[1]
 
 
 @pytest.mark.parametrize("name", ["weak", "strong", "alpha 0 and 1", "similar keys", "similar keys, no decay"])

@@ -266,11 +266,14 @@ def both(sX, sY):
 
 
 @gluon.jit
-def row_norms(sX):
-    """``1 / |x|`` of rows of a tile in two halves."""
+def row_norms(sX, line):
+    """``1 / |x|`` of rows of a tile in two halves, by way of a vector in shared memory. ``convert_layout`` would go
+    by way of room that the compiler takes from operands of products under way.
+    """
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     x, y = sX.index(0).load(rows).to(gl.float32), sX.index(1).load(rows).to(gl.float32)
-    return gl.convert_layout(gl.rsqrt(gl.sum(x * x + y * y, axis=1) + 1e-6), LINE)
+    line.store(gl.rsqrt(gl.sum(x * x + y * y, axis=1) + 1e-6))
+    return line.load(LINE)
 
 
 @gluon.jit
@@ -327,7 +330,7 @@ def prepare(
     of_k, of_q = grown * strength, grown * scale
     from_k, from_q = -start, start * scale
     if NORM:
-        k_norm, q_norm = row_norms(sK), row_norms(sQ)
+        k_norm, q_norm = row_norms(sK, s_of_k), row_norms(sQ, s_of_q)
         of_k, of_q, shrunk, left = of_k * k_norm, of_q * q_norm, shrunk * k_norm, left * k_norm
         from_k, from_q = from_k * k_norm, from_q * q_norm
     s_high.store(high)

@@ -18,7 +18,7 @@ from gated_delta import cli
 from gated_delta.bench import cases, peers, plots, records, run, soak
 from gated_delta.bench import cli as bench_cli
 from gated_delta.bench.cases import Case, Heads
-from gated_delta.bench.peers import transformers
+from gated_delta.bench.peers.fla import TRANSFORMERS
 from gated_delta.bench.records import Row
 from gated_delta.bench.run import Bench, BenchError, Step, Worker
 from test_cli import Result
@@ -60,7 +60,7 @@ def chunks(q, k, v, g, beta, initial_state, output_final_state):
 naive_chunk_gated_delta_rule = torch_chunk_gated_delta_rule = chunks
 """
 """A peer that misbehaves at certain lengths."""
-MODULES = {"fla": "fla/ops/gated_delta_rule/naive.py", "transformers": transformers.MODULE.replace(".", "/") + ".py"}
+MODULES = {"fla": "fla/ops/gated_delta_rule/naive.py", "transformers": TRANSFORMERS.replace(".", "/") + ".py"}
 
 Pretend = Callable[..., None]
 
@@ -75,6 +75,8 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pretend:
         for name, own in deeds.items():
             file = tmp_path / MODULES[name]
             file.parent.mkdir(parents=True)
+            for folder in [*file.relative_to(tmp_path).parents][:-1]:  # a package, or an installed one would be found
+                (tmp_path / folder / "__init__.py").touch()
             file.write_text(f"DEEDS = {own}\n{PEER}")
 
     return make

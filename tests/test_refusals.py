@@ -50,6 +50,7 @@ def shared(*shape: int) -> torch.Tensor:
     return torch.zeros(1, *shape[1:]).expand(shape)
 
 
+PREFILL_ONLY = "it serves chunk_gated_delta_rule and nothing else"
 ONE_OPERATOR = "it serves gated_delta_net_step, which it makes of other operators, and nothing else"
 HEADS = "such that HQ = HK divides HV (grouped values) or HK = HV divides HQ (grouped queries)"
 REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -237,7 +238,8 @@ def test_a_decode_without_history_is_found() -> None:
 )
 def test_explain_knows_what_is_not_served(facts: dict[str, Any], reason: str) -> None:
     found = gd.explain("gated_delta_rule_mtp", **facts)
-    assert (found.chosen, found.reasons) == (None, {"cpu": reason, "triton": reason, "separate": ONE_OPERATOR})
+    others = {"gluon": PREFILL_ONLY, "separate": ONE_OPERATOR}
+    assert (found.chosen, found.reasons) == (None, {"cpu": reason, "triton": reason, **others})
 
 
 def test_a_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

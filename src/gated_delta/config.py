@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gated_delta.errors import OptionError
-from gated_delta.validation.arguments import HEAD_SIZES, LISTED_HEAD_SIZES
+from gated_delta.validation.arguments import HEAD_SIZES, LISTED_HEAD_SIZES, Arguments
 
 PROJECTIONS = ("interleaved", "flat", "merged")
 _MODELS = {
@@ -42,26 +42,17 @@ class GatedDeltaNetConfig:
     allow_neg_eigval: bool = False
 
     def __post_init__(self) -> None:
+        args = Arguments("GatedDeltaNetConfig")
         for name in ("hidden_size", "num_k_heads", "num_v_heads"):
-            if getattr(self, name) < 1:
-                raise OptionError("GatedDeltaNetConfig", name, getattr(self, name), "at least 1")
+            args.whole(name, getattr(self, name), least=1)
         for name in ("head_k_dim", "head_v_dim"):
-            if getattr(self, name) not in HEAD_SIZES:
-                must = f"one of {LISTED_HEAD_SIZES}"
-                raise OptionError("GatedDeltaNetConfig", name, getattr(self, name), must)
-        if not 2 <= self.conv_width <= 5:
-            raise OptionError("GatedDeltaNetConfig", "conv_width", self.conv_width, "2 to 5")
+            args.word(name, getattr(self, name), HEAD_SIZES, f"one of {LISTED_HEAD_SIZES}")
+        args.word("conv_width", self.conv_width, range(2, 6), "2 to 5")
         if self.num_v_heads % self.num_k_heads:
-            raise OptionError(
-                "GatedDeltaNetConfig", "num_v_heads", self.num_v_heads, f"a multiple of num_k_heads={self.num_k_heads}"
-            )
-        if self.projection not in PROJECTIONS:
-            must = " or ".join(f'"{name}"' for name in PROJECTIONS)
-            raise OptionError("GatedDeltaNetConfig", "projection", repr(self.projection), must)
-        if self.output_gate not in ("silu", "swish", "sigmoid"):
-            raise OptionError(
-                "GatedDeltaNetConfig", "output_gate", repr(self.output_gate), '"silu", "swish" or "sigmoid"'
-            )
+            must = f"a multiple of num_k_heads={self.num_k_heads}"
+            raise OptionError(args.where, "num_v_heads", self.num_v_heads, must)
+        args.word("projection", self.projection, PROJECTIONS, " or ".join(f'"{name}"' for name in PROJECTIONS))
+        args.word("output_gate", self.output_gate, ("silu", "swish", "sigmoid"), '"silu", "swish" or "sigmoid"')
 
     @classmethod
     def from_hf(cls, config: Any) -> GatedDeltaNetConfig:

@@ -46,8 +46,9 @@ def causal_conv1d(
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
     args = operators.conv(
-        x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation, null_slot
-    )
+        "causal_conv1d", x, weight, bias, conv_states, cu_seqlens, state_indices, activation, null_slot,
+        has_initial_state=has_initial_state,
+    )  # fmt: skip
     backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
     if data.is_checked():
         data.cu_seqlens(args.where, cu_seqlens, x.shape[0])
@@ -93,9 +94,10 @@ def causal_conv1d_update(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    args = operators.conv_update(
-        x, conv_states, weight, bias, activation, state_indices, num_accepted_tokens, cu_seqlens, null_slot
-    )
+    args = operators.conv(
+        "causal_conv1d_update", x, weight, bias, conv_states, cu_seqlens, state_indices, activation, null_slot,
+        num_accepted_tokens=num_accepted_tokens,
+    )  # fmt: skip
     backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
     if data.is_checked():
         lengths = None if cu_seqlens is None else cu_seqlens.diff()

@@ -1,7 +1,10 @@
-"""Decode: one token of every sequence, with the state in either layout."""
+"""The rule on one token of every sequence, with the state in either layout, or on several: multi-token prediction and
+speculative verification.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -53,7 +56,7 @@ def gated_delta_rule_decode(
         "gated_delta_rule_decode", scale, use_qk_l2norm, allow_neg_eigval, backend, True, None, False,
         q, k, v, state, A_log, a, dt_bias, b, output, None, None, None, None,
     )  # fmt: skip
-    return run_recurrent(call, single=True), state
+    return _run(call, single=True), state
 
 
 def gated_delta_rule_decode_pretranspose(
@@ -78,7 +81,7 @@ def gated_delta_rule_decode_pretranspose(
     null_slot: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token of every sequence (or several, as :func:`gated_delta.gated_delta_rule_mtp`), states stored
+    """One token of every sequence (or several, as :func:`gated_delta_rule_mtp`), states stored
     ``[B, HV, V, K]`` (K contiguous) and updated in place: one state a row, or slots of a pool.
 
     Args:
@@ -104,10 +107,65 @@ def gated_delta_rule_decode_pretranspose(
         not disable_state_update, null_slot, True, q, k, v, states, A_log, a, dt_bias, b, output,
         initial_state_indices, output_state_indices, None, intermediate_states_buffer,
     )  # fmt: skip
-    return run_recurrent(call, state_name="initial_state" if state is None else "state"), states
+    return _run(call, state_name="initial_state" if state is None else "state"), states
 
 
-def run_recurrent(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = False) -> Tensor:
+def gated_delta_rule_mtp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor,
+    initial_state_indices: Tensor,
+    A_log: Tensor,
+    a: Tensor,
+    dt_bias: Tensor,
+    b: Tensor,
+    scale: float | None = None,
+    output: Tensor | None = None,
+    intermediate_states_buffer: Tensor | None = None,
+    ssm_state_indices: Tensor | None = None,
+    disable_state_update: bool | None = None,
+    use_qk_l2norm: bool = True,
+    output_state_indices: Tensor | None = None,
+    *,
+    allow_neg_eigval: bool = False,
+    null_slot: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """T >= 1 tokens of every row against states in a pool; a state stays in fp32 between the tokens of one call.
+
+    Args:
+        q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; a, b: ``[B, T, HV]``. These, A_log, dt_bias, scale, output,
+            use_qk_l2norm, allow_neg_eigval and backend are as for :func:`gated_delta_rule_decode`.
+        initial_state: the pool ``[P, HV, V, K]`` with any slot and head strides, written in place.
+        initial_state_indices: ``[B]`` int32 or int64 slots to read; negative ones, and ``null_slot``, are padding.
+        intermediate_states_buffer: ``[>=B, >=T, HV, V, K]``: row b, step t receives the state after token t.
+        ssm_state_indices: ``[B, T]`` slots for the state after each token; negative: skipped. Needs T >= 2 and
+            ``disable_state_update=False``, excludes the buffer; the slot that was read stays intact unless named.
+        disable_state_update: True writes no final state. None means True, with a DeprecationWarning.
+        output_state_indices: ``[B]`` slots for the final states; where they were read when None (nowhere with
+            ``ssm_state_indices``); negative: none.
+
+    Returns:
+        The pair (output ``[B, T, HV, V]``, pool).
+
+    Raises:
+        ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
+    """
+    if disable_state_update is None:
+        message = "gated_delta_rule_mtp: disable_state_update=None means True today and will mean False; pass one"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        disable_state_update = True
+    operators.flag("gated_delta_rule_mtp", "disable_state_update", disable_state_update)
+    call = (
+        "gated_delta_rule_mtp", scale, use_qk_l2norm, allow_neg_eigval, backend, not disable_state_update, null_slot,
+        True, q, k, v, initial_state, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices,
+        ssm_state_indices, intermediate_states_buffer,
+    )  # fmt: skip
+    return _run(call, state_name="initial_state"), initial_state
+
+
+def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = False) -> Tensor:
     """What every recurrent operator does with the fields of a :class:`RecurrentCall`; returns the output."""
     planned = plans.run(fields)
     if planned is not None:

@@ -155,14 +155,26 @@ def _opened(source: Mapping[str, Tensor] | str | Path | Sequence[str | Path], st
     """Tensors, or slices of files that are read when they are indexed."""
     if isinstance(source, Mapping):
         return source
-    try:
-        from safetensors import safe_open  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise OptionError(WHERE, "safetensors", "not installed", 'installed: pip install "gated-delta[cli]"') from error
     weights: dict[str, Any] = {}
     for path in [source] if isinstance(source, (str, Path)) else source:
-        if not Path(path).is_file():
-            raise OptionError(WHERE, "source", str(path), "an existing safetensors file")
-        file = stack.enter_context(safe_open(path, framework="pt"))
+        file = stack.enter_context(opened_file(WHERE, "source", path))
         weights |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     return weights
+
+
+def opened_file(where: str, argument: str, path: str | Path) -> Any:
+    """A safetensors file, open.
+
+    Raises:
+        OptionError: safetensors is not installed, or ``path`` is no safetensors file.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise OptionError(where, "safetensors", "not installed", 'installed: pip install "gated-delta[cli]"') from error
+    if not Path(path).is_file():
+        raise OptionError(where, argument, str(path), "an existing safetensors file")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise OptionError(where, argument, f"{path} ({error})", "a safetensors file") from error

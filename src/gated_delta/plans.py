@@ -34,10 +34,18 @@ class Plan(NamedTuple):
     launch: Any
 
 
-_PLANS: dict[tuple[Any, ...], list[Plan]] = {}
+Plans = dict[tuple[Any, ...], list[Plan]]
+
+_PLANS: Plans = {}
+_JUDGED: Plans = {}
 
 
-_JUDGED: dict[tuple[Any, ...], list[Plan]] = {}
+def _keep(plans: Plans, key: tuple[Any, ...], tensors: Sequence[Tensor], launch: Any) -> None:
+    assert TensorGuards is not None
+    if len(plans) >= MOST_KINDS:
+        plans.clear()
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    plans[key] = [*plans.get(key, [])[1 - MOST_ALIKE :], Plan(guards, len(tensors), launch)]
 
 
 def judged(options: tuple[Any, ...], tensors: Sequence[Tensor | None], judge: Callable[[], Any]) -> Any:
@@ -54,10 +62,7 @@ def judged(options: tuple[Any, ...], tensors: Sequence[Tensor | None], judge: Ca
         if plan.guards.check(*given):
             return plan.launch
     found = judge()
-    if len(_JUDGED) >= MOST_KINDS:
-        _JUDGED.clear()
-    guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    _JUDGED[key] = [*alike[1 - MOST_ALIKE :], Plan(guards, len(given), found)]
+    _keep(_JUDGED, key, given, found)
     return found
 
 
@@ -103,12 +108,7 @@ def remember(call: RecurrentCall, output: Tensor, launch: Any) -> None:
     wide = (call.q, call.k, call.v, call.state, output, call.snapshots)
     if TensorGuards is None or _is_watched() or not plain or any(x is not None and x.data_ptr() % 16 for x in wide):
         return
-    if len(_PLANS) >= MOST_KINDS:
-        _PLANS.clear()
-    guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    alike = _PLANS.setdefault(_key(call), [])
-    del alike[: max(0, len(alike) - MOST_ALIKE + 1)]
-    alike.append(Plan(guards, len(given), launch))
+    _keep(_PLANS, _key(call), given, launch)
 
 
 def _key(call: tuple[Any, ...]) -> tuple[Any, ...]:

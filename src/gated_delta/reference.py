@@ -378,10 +378,6 @@ def chunked(
             for row, sequence in enumerate(plan.order[:width]):
                 if spans[sequence][1] - spans[sequence][0] >= done:
                     checkpoints[sequence].append(running[row].transpose(-1, -2))
-    final = torch.cat([running, *reversed(finished)])[_inverse(plan.order)].transpose(-1, -2)
+    undone = torch.tensor(plan.order).argsort()
+    final = torch.cat([running, *reversed(finished)])[undone].transpose(-1, -2)
     return Chunked(output, final, checkpoints)
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    """The permutation that undoes ``order``."""
-    return sorted(range(len(order)), key=order.__getitem__)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gated_delta.config import GatedDeltaNetConfig
-from gated_delta.errors import OptionError, PoolError
-from gated_delta.validation.arguments import FLOATS, describe_dtypes
+from gated_delta.errors import PoolError
+from gated_delta.validation.arguments import FLOATS, Arguments, describe_dtypes
 
 
 class LayerState(NamedTuple):
@@ -57,18 +57,13 @@ class StatePool:
         reserve_null: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value, least in (
-            ("layers", layers, 1),
-            ("slots", slots, 1 + reserve_null),
-            ("num_spec", num_spec, 0),
-        ):
-            if value < least:
-                raise OptionError("StatePool", name, value, f"at least {least}")
-        for name, dtype in (("conv_dtype", conv_dtype), ("state_dtype", state_dtype)):
-            if dtype not in FLOATS:
-                raise OptionError("StatePool", name, dtype, describe_dtypes(FLOATS))
-        if conv_layout not in ("SD", "DS"):
-            raise OptionError("StatePool", "conv_layout", repr(conv_layout), '"SD" or "DS"')
+        args = Arguments("StatePool")
+        args.whole("layers", layers, least=1)
+        args.whole("slots", slots, least=1 + reserve_null)
+        args.whole("num_spec", num_spec, least=0)
+        args.word("conv_dtype", conv_dtype, FLOATS, describe_dtypes(FLOATS))
+        args.word("state_dtype", state_dtype, FLOATS, describe_dtypes(FLOATS))
+        args.word("conv_layout", conv_layout, ("SD", "DS"), '"SD" or "DS"')
         columns = config.conv_width - 1 + num_spec
         stored = (columns, config.conv_dim) if conv_layout == "SD" else (config.conv_dim, columns)
         conv = torch.zeros(layers, slots, *stored, dtype=conv_dtype, device=device)
@@ -92,9 +87,7 @@ class StatePool:
     @property
     def bytes_per_slot(self) -> int:
         """Over all layers, both states."""
-        return (self._conv[:, 0].numel() * self._conv.element_size()) + (
-            self._recurrent[:, 0].numel() * self._recurrent.element_size()
-        )
+        return self._conv[:, 0].nbytes + self._recurrent[:, 0].nbytes
 
     def allocate(self, count: int = 1) -> list[int]:
         """Take ``count`` slots, or none at all.

@@ -16,17 +16,19 @@ from gated_delta import reference
 from gated_delta.kernels.separate import composed
 
 
-def _live(slots: Tensor | None, null_slot: int, rows: int, device: torch.device) -> Tensor:
-    """Rows that are not padding; ``null_slot`` -1 names no slot that is not padding anyway."""
+def _live(slots: Tensor | None, null_slot: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows that are not padding, and their slots; ``null_slot`` -1 names no slot that is not padding anyway."""
     if slots is None:
-        return torch.arange(rows, device=device)
-    return ((slots >= 0) & (slots != null_slot)).nonzero()[:, 0]
+        every = torch.arange(rows, device=device)
+        return every, every
+    live = ((slots >= 0) & (slots != null_slot)).nonzero()[:, 0]
+    return live, slots[live].long()
 
 
 def _write(pool: Tensor, slots: Tensor, values: Tensor, null_slot: int) -> None:
     """``pool[slots] = values`` for the slots that are not padding."""
-    kept = _live(slots, null_slot, len(slots), slots.device)
-    pool[slots[kept].long()] = values[kept].to(pool.dtype)
+    kept, slots = _live(slots, null_slot, len(slots), slots.device)
+    pool[slots] = values[kept].to(pool.dtype)
 
 
 def prefill(
@@ -52,8 +54,7 @@ def prefill(
     checkpoint_every: int,
 ) -> None:
     heads = output.shape[1]
-    live = _live(state_indices, null_slot, len(cu_seqlens) - 1, q.device)
-    slots = live if state_indices is None else state_indices[live].long()
+    live, slots = _live(state_indices, null_slot, len(cu_seqlens) - 1, q.device)
     starts = cu_seqlens.tolist()
     spans = [(starts[i], starts[i + 1]) for i in live.tolist()]
     source = final_state if in_place else initial_state
@@ -103,8 +104,7 @@ def recurrent(
     output: Tensor,
     zero_padding: bool,
 ) -> None:
-    live = _live(read_slots, null_slot, len(q), q.device)
-    slots = live if read_slots is None else read_slots[live].long()
+    live, slots = _live(read_slots, null_slot, len(q), q.device)
     pool = state if state_v_first else state.transpose(-1, -2)
     q, k = q[live].float(), k[live].float()
     if use_qk_l2norm:
@@ -140,21 +140,11 @@ def causal_conv1d(
     null_slot: int,
     output: Tensor,
 ) -> None:
-    rows, past = len(cu_seqlens) - 1, weight.shape[1] - 1
-    x, output = _packed(x, output, cu_seqlens)
-    live = _live(state_indices, null_slot, rows, x.device)
-    slots = live if state_indices is None else state_indices[live].long()
-    history = x.new_zeros(rows, past, x.shape[1], dtype=torch.float32)
-    if conv_states is not None:
-        kept = conv_states[slots, :, :past].transpose(1, 2).float()
-        if has_initial_state is not None:
-            kept = torch.where(has_initial_state[live, None, None], kept, 0.0)
-        history[live] = kept
-    extended = reference.extend(x, history, cu_seqlens)
-    _convolve(extended, weight, bias, activate, live, output)
-    if conv_states is not None:
-        last = extended.starts[live + 1, None] - past + torch.arange(past, device=x.device)
-        conv_states[slots, :, :past] = extended.rows[last].transpose(1, 2).to(conv_states.dtype)
+    if conv_states is None:
+        conv_states = x.new_zeros(len(cu_seqlens) - 1, x.shape[1], weight.shape[1] - 1)
+    _convolve(
+        x, conv_states, weight, bias, activate, state_indices, None, cu_seqlens, null_slot, output, has_initial_state
+    )
 
 
 def causal_conv1d_update(
@@ -173,45 +163,44 @@ def causal_conv1d_update(
         steps = 1 if x.dim() == 2 else x.shape[1]
         cu_seqlens = torch.arange(len(x) + 1, device=x.device) * steps
         x, output = x.reshape(-1, x.shape[-1]), output.view(-1, x.shape[-1])
-    rows, past, columns = len(cu_seqlens) - 1, weight.shape[1] - 1, conv_states.shape[-1]
-    x, output = _packed(x, output, cu_seqlens)
-    live = _live(state_indices, null_slot, rows, x.device)
-    slots = live if state_indices is None else state_indices[live].long()
-    window = conv_states[slots].transpose(1, 2).float()
-    first = torch.zeros_like(live) if num_accepted_tokens is None else num_accepted_tokens[live].long() - 1
-    column = first[:, None] + torch.arange(past, device=x.device)
-    history = x.new_zeros(rows, past, x.shape[1], dtype=torch.float32)
-    history[live] = window.gather(1, column[..., None].expand(-1, -1, x.shape[1]))
-    extended = reference.extend(x, history, cu_seqlens)
-    _convolve(extended, weight, bias, activate, live, output)
-    # The new window begins one input after the history did and ends with the last token (or, where nothing is
-    # speculative, is the last W - 1 inputs); columns behind it keep what they hold.
-    starts, ends = extended.starts[live], extended.starts[live + 1]
-    first_kept = starts + 1 if num_accepted_tokens is not None else ends - past
-    source = first_kept[:, None] + torch.arange(columns, device=x.device)
-    # A row without tokens keeps what it has.
-    fresh = ((source < ends[:, None]) & (ends - starts > past)[:, None])[..., None]
-    window = torch.where(fresh, extended.rows[torch.minimum(source, ends[:, None] - 1)], window)
-    conv_states[slots] = window.transpose(1, 2).to(conv_states.dtype)
-
-
-def _packed(x: Tensor, output: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the tokens behind the last sequence, whose output is zero."""
-    total = int(cu_seqlens[-1])
-    output[total:] = 0
-    return x[:total], output[:total]
+    _convolve(x, conv_states, weight, bias, activate, state_indices, num_accepted_tokens, cu_seqlens, null_slot, output)
 
 
 def _convolve(
-    extended: reference.Extended, weight: Tensor, bias: Tensor | None, activate: bool, live: Tensor, output: Tensor
-) -> None:
-    """The convolution into ``output``, zero for rows that are padding."""
+    x: Tensor, conv_states: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, state_indices: Tensor | None,
+    accepted: Tensor | None, cu_seqlens: Tensor, null_slot: int, output: Tensor, has_state: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Both operators: packed sequences that go on from their states, or (``has_state``) start from zeros. Tokens behind
+    the last sequence and rows of padding give zeros.
+    """
+    total, rows, past = int(cu_seqlens[-1]), len(cu_seqlens) - 1, weight.shape[1] - 1
+    output[total:] = 0
+    x, output = x[:total], output[:total]
+    live, slots = _live(state_indices, null_slot, rows, x.device)
+    columns = past if accepted is None else conv_states.shape[-1]
+    kept = window = conv_states[slots, :, :columns].transpose(1, 2).float()
+    if accepted is not None:
+        column = accepted[live, None].long() - 1 + torch.arange(past, device=x.device)
+        kept = window.gather(1, column[..., None].expand(-1, -1, x.shape[1]))
+    if has_state is not None:  # chosen, not multiplied: an unused slot may hold NaN
+        kept = torch.where(has_state[live, None, None], kept, 0.0)
+    history = x.new_zeros(rows, past, x.shape[1], dtype=torch.float32).index_copy(0, live, kept)
+    extended = reference.extend(x, history, cu_seqlens)
     output.copy_(reference.causal_conv1d(extended, weight, bias, "silu" if activate else None))
-    count = len(extended.starts) - 1
-    if len(live) < count:
-        padding = torch.ones(count, dtype=torch.bool, device=output.device).index_fill(0, live, False)
+    if len(live) < rows:
+        padding = torch.ones(rows, dtype=torch.bool, device=output.device).index_fill(0, live, False)
         row = torch.searchsorted(extended.starts, extended.tokens, right=True) - 1
         output[padding[row]] = 0
+    # The new window begins one input after the history did and ends with the last token (or, where nothing is
+    # speculative, is the last W - 1 inputs); columns behind it keep what they hold.
+    starts, ends = extended.starts[live], extended.starts[live + 1]
+    first_kept = starts + 1 if accepted is not None else ends - past
+    source = first_kept[:, None] + torch.arange(columns, device=x.device)
+    fresh = source < ends[:, None]
+    if accepted is not None:  # a row without tokens keeps what it has
+        fresh &= (ends - starts > past)[:, None]
+    window = torch.where(fresh[..., None], extended.rows[torch.minimum(source, ends[:, None] - 1)], window)
+    conv_states[slots, :, :columns] = window.transpose(1, 2).to(conv_states.dtype)
 
 
 def rms_norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, output: Tensor) -> None:

@@ -93,23 +93,21 @@ class Sampler:
         """
         kept = b""
         for row, draft in zip(logits, drafts, strict=False):
-            if self.temperature == 0:
-                token = int(row.argmax())
-                if token != draft:
-                    return kept + bytes([token])
-            else:
-                probabilities = torch.softmax(row / self.temperature, dim=-1)
-                if torch.rand((), generator=self._generator, device=row.device) >= probabilities[draft]:
-                    probabilities[draft] = 0
-                    return kept + bytes([self._draw(probabilities)])
+            probabilities = self._probabilities(row)
+            if torch.rand((), generator=self._generator, device=row.device) >= probabilities[draft]:
+                probabilities[draft] = 0
+                return kept + self._draw(probabilities)
             kept += bytes([draft])
-        last = logits[len(drafts)]
-        if self.temperature == 0:
-            return kept + bytes([int(last.argmax())])
-        return kept + bytes([self._draw(torch.softmax(last / self.temperature, dim=-1))])
+        return kept + self._draw(self._probabilities(logits[len(drafts)]))
 
-    def _draw(self, probabilities: Tensor) -> int:
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+    def _probabilities(self, row: Tensor) -> Tensor:
+        """Greedy is certain of the largest."""
+        if self.temperature == 0:
+            return torch.zeros_like(row).index_fill_(0, row.argmax(), 1)
+        return torch.softmax(row / self.temperature, dim=-1)
+
+    def _draw(self, probabilities: Tensor) -> bytes:
+        return bytes([int(torch.multinomial(probabilities, 1, generator=self._generator))])
 
 
 def generate(model: HybridLM, prompt: bytes, options: Options, summary: Summary) -> Iterator[bytes]:

@@ -65,12 +65,9 @@ class Session:
             raise OptionError(
                 "Session", "the context", was, f"at most {self.config.max_positions}, the model's positions"
             )
-        rows: list[Row | SpecRow] = []
-        for slots in self._slots:
-            if self.drafts and self.length:
-                rows.append(SpecRow(tokens, slots, self._accepted))
-            else:
-                rows.append(Row(tokens, slots[0], fresh=self.length == 0))
+        rows: list[Row | SpecRow] = [Row(tokens, slots[0], fresh=self.length == 0) for slots in self._slots]
+        if self.drafts and self.length:
+            rows = [SpecRow(tokens, slots, self._accepted) for slots in self._slots]
         self._stepped = tokens
         return GatedDeltaNetBatch.build(rows, num_spec=self.drafts, device=self.device)
 

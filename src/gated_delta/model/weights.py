@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gated_delta.errors import OptionError
 from gated_delta.model.network import HybridLM
+from gated_delta.parallel import opened_file
 
 WEIGHTS = Path(__file__).with_name("hybrid_lm.safetensors")
 
@@ -30,15 +30,5 @@ def weights_facts(path: Path = WEIGHTS) -> dict[str, str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        from safetensors import SafetensorError, safe_open  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        must = 'installed: pip install "gated-delta[cli]"'
-        raise OptionError("load_model", "safetensors", "not installed", must) from error
-    if not path.is_file():
-        raise OptionError("load_model", "path", str(path), "an existing safetensors file")
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise OptionError("load_model", "path", f"{path} ({error})", "a safetensors file") from error
+    with opened_file("load_model", "path", path) as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -60,10 +61,7 @@ def prefill_inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     total, heads = sum(lengths), max(hq, hv)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
+    normal = partial(torch.randn, generator=generator)
     k = normal(total, hk, head_k)
     if similar_keys:
         k = 0.2 * k + normal(1, hk, head_k)
@@ -100,10 +98,7 @@ def recurrent_inputs(
 ) -> Inputs:
     """Arguments of the decode operators with raw gates; ``state`` is ``[B, HV, V, K]``."""
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
+    normal = partial(torch.randn, generator=generator)
     return {
         "q": normal(batch, tokens, h, head_k).to(dtype),
         "k": normal(batch, tokens, h, head_k).to(dtype),
@@ -121,16 +116,12 @@ def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
-def _changed(inputs: Inputs, **changes: Any) -> Inputs:
-    return {**inputs, **changes}
-
-
 def _negated(inputs: Inputs) -> Inputs:
-    return _changed(inputs, q=-inputs["q"].abs(), k=-inputs["k"].abs())
+    return {**inputs, "q": -inputs["q"].abs(), "k": -inputs["k"].abs()}
 
 
 def _constant_beta(inputs: Inputs, value: float) -> Inputs:
-    return _changed(inputs, beta=torch.full_like(inputs["beta"], value))
+    return {**inputs, "beta": torch.full_like(inputs["beta"], value)}
 
 
 def _sprinkled(inputs: Inputs, name: str, values: Sequence[float]) -> Inputs:
@@ -138,7 +129,7 @@ def _sprinkled(inputs: Inputs, name: str, values: Sequence[float]) -> Inputs:
     changed = inputs[name].clone()
     for i, row in enumerate(range(2, len(changed), 5)):
         changed[row] = values[i % len(values)]
-    return _changed(inputs, **{name: changed})
+    return {**inputs, name: changed}
 
 
 def _strided(inputs: Inputs) -> Inputs:
@@ -150,44 +141,38 @@ def _strided(inputs: Inputs) -> Inputs:
     for name in ("g", "beta"):
         changed[name] = torch.cat((inputs[name], inputs[name]), dim=1)[:, : inputs[name].shape[1]]
     changed["cu_seqlens"] = inputs["cu_seqlens"].repeat_interleave(2)[::2]
-    return _changed(inputs, **changed)
+    return {**inputs, **changed}
 
 
 def _raw_norms(inputs: Inputs) -> Inputs:
     """Q and k so short that a wrong epsilon in the L2 norm shows, to be normalised by the operator."""
     short = {name: inputs[name] * 2e-3 for name in "qk"}
-    return _changed(inputs, **short, use_qk_l2norm_in_kernel=True)
+    return {**inputs, **short, "use_qk_l2norm_in_kernel": True}
+
+
+def _weak(tokens: int = 200, **options: Any) -> Inputs:
+    return with_state(prefill_inputs([tokens], gates="weak", **options))
 
 
 BLIND_SPOTS: dict[str, Callable[[], Inputs]] = {
     "K != V": lambda: with_state(prefill_inputs([70, 130], head_k=96, head_v=192)),
     "K > V": lambda: with_state(prefill_inputs([70, 130], head_k=128, head_v=32)),
     "all q and k negative": lambda: _negated(prefill_inputs([200])),
-    "similar keys": lambda: with_state(prefill_inputs([200], gates="weak", similar_keys=True)),
-    "similar keys, beta 1": lambda: _constant_beta(
-        with_state(prefill_inputs([200], gates="weak", similar_keys=True)), 1.0
-    ),
-    "similar keys, beta 2": lambda: _constant_beta(
-        with_state(prefill_inputs([400], gates="weak", similar_keys=True)), 2.0
-    ),
-    "similar keys, beta 2, fp32": lambda: _constant_beta(
-        with_state(prefill_inputs([400], gates="weak", similar_keys=True, dtype=torch.float32)), 2.0
-    ),
+    "similar keys": lambda: _weak(similar_keys=True),
+    "similar keys, beta 1": lambda: _constant_beta(_weak(similar_keys=True), 1.0),
+    "similar keys, beta 2": lambda: _constant_beta(_weak(400, similar_keys=True), 2.0),
+    "similar keys, beta 2, fp32": lambda: _constant_beta(_weak(400, similar_keys=True, dtype=torch.float32), 2.0),
     "32k tokens, no decay": lambda: prefill_inputs([32768], hq=1, hk=1, hv=1, head_k=32, head_v=32, gates="none"),
     "32k tokens, weak decay": lambda: prefill_inputs([32768], hq=1, hk=1, hv=1, head_k=32, head_v=32, gates="weak"),
     "-20 nats a token": lambda: with_state(prefill_inputs([200], gates="strong")),
-    "-20 nats, then weak, in one chunk": lambda: _sprinkled(
-        with_state(prefill_inputs([200], gates="weak")), "g", [-20.0]
-    ),
-    "log gate exactly 0": lambda: _sprinkled(with_state(prefill_inputs([200], gates="weak")), "g", [0.0]),
-    "alpha exactly 0": lambda: _sprinkled(
-        with_state(prefill_inputs([200], gates="weak", g_space="linear")), "g", [0.0]
-    ),
+    "-20 nats, then weak, in one chunk": lambda: _sprinkled(_weak(), "g", [-20.0]),
+    "log gate exactly 0": lambda: _sprinkled(_weak(), "g", [0.0]),
+    "alpha exactly 0": lambda: _sprinkled(_weak(g_space="linear"), "g", [0.0]),
     "beta 0, 1 and 2": lambda: _sprinkled(with_state(prefill_inputs([200])), "beta", [0.0, 1.0, 2.0]),
     "beta all 0": lambda: _constant_beta(with_state(prefill_inputs([100])), 0.0),
     "empty sequences everywhere": lambda: with_state(prefill_inputs([0, 0, 65, 0, 1, 0, 64, 0])),
     "strided inputs": lambda: _strided(with_state(prefill_inputs([33, 100]))),
     "l2norm of short vectors": lambda: _raw_norms(with_state(prefill_inputs([100]))),
-    "scale 0": lambda: _changed(prefill_inputs([100]), scale=0.0),
+    "scale 0": lambda: {**prefill_inputs([100]), "scale": 0.0},
 }
 """Named prefill inputs that a suite on friendly data would not try."""

@@ -21,10 +21,6 @@ def describe_dtypes(dtypes: Collection[torch.dtype]) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def _dims(spec: str) -> list[str]:
-    return spec.split()
-
-
 class Arguments:
     """Checks the tensors of one call, in the order in which they are given.
 
@@ -50,7 +46,7 @@ class Arguments:
     ) -> None:
         """Check one required tensor: its type, rank and sizes, dtype, device, gradient and strides."""
         if not isinstance(value, Tensor):
-            must = f"a tensor [{', '.join(_dims(spec))}] of {describe_dtypes(dtypes)}"
+            must = f"a tensor [{', '.join(spec.split())}] of {describe_dtypes(dtypes)}"
             raise DtypeError(self.where, name, "None" if value is None else f"a {type(value).__name__}", must)
         self._shape(name, value, spec)
         if value.dtype not in dtypes:
@@ -72,19 +68,10 @@ class Arguments:
         if written and any(step == 0 and size > 1 for size, step in zip(value.shape, value.stride(), strict=True)):
             raise LayoutError(self.where, name, "a view whose rows share memory", "memory of its own: it is written")
 
-    def optional(
-        self,
-        name: str,
-        value: Any,
-        spec: str,
-        dtypes: Collection[torch.dtype],
-        *,
-        any_stride: bool = False,
-        written: bool = False,
-    ) -> None:
-        """Check a tensor that may be left out."""
+    def optional(self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], **options: bool) -> None:
+        """Check a tensor that may be left out; ``options`` are those of :meth:`tensor`."""
         if value is not None:
-            self.tensor(name, value, spec, dtypes, any_stride=any_stride, written=written)
+            self.tensor(name, value, spec, dtypes, **options)
 
     def whole_output(self, value: Any, spec: str) -> None:
         """An output that may be left out and has no gaps."""
@@ -131,7 +118,7 @@ class Arguments:
         if value >= 2**63:
             raise OptionError(self.where, name, value, "below 2**63")
 
-    def word(self, name: str, value: Any, words: Collection[str | None], meaning: str = "") -> None:
+    def word(self, name: str, value: Any, words: Collection[object], meaning: str = "") -> None:
         if value not in words:
             must = meaning or " or ".join(repr(w) for w in words)
             raise OptionError(self.where, name, repr(value), must)
@@ -145,7 +132,7 @@ class Arguments:
             raise OptionError(self.where, name, "None", f"given: {because}")
 
     def _shape(self, name: str, value: Tensor, spec: str) -> None:
-        dims = _dims(spec)
+        dims = spec.split()
         if value.dim() != len(dims):
             self._mismatch(name, value, spec)
         for dim, size in zip(dims, value.shape, strict=True):
@@ -169,7 +156,7 @@ class Arguments:
         return self.sizes[symbol] == size
 
     def _mismatch(self, name: str, value: Tensor, spec: str) -> None:
-        names = (d.removeprefix(">=").removesuffix("+1") for d in _dims(spec))
+        names = (d.removeprefix(">=").removesuffix("+1") for d in spec.split())
         known = [f"{n}={self.sizes[n]} (from {self.bound_by[n]})" for n in names if self.bound_by.get(n, name) != name]
-        must = f"[{', '.join(_dims(spec))}]" + (f" with {', '.join(known)}" if known else "")
+        must = f"[{', '.join(spec.split())}]" + (f" with {', '.join(known)}" if known else "")
         raise ShapeError(self.where, name, f"of shape {list(value.shape)}", must)

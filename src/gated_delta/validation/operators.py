@@ -32,7 +32,7 @@ def prefill(call: PrefillCall) -> Arguments:
     if call.max_seqlen is not None:
         args.whole("max_seqlen", call.max_seqlen, least=0)
     _prefill_states(args, call)
-    _checkpoints(args, call.state_checkpoints, call.checkpoint_cu_starts, call.checkpoint_every_n_tokens)
+    _checkpoints(args, call)
     return args
 
 
@@ -51,25 +51,24 @@ def _prefill_states(args: Arguments, call: PrefillCall) -> None:
     _null_slot(args, call.null_slot, pooled, "state_indices")
 
 
-def _checkpoints(
-    args: Arguments, state_checkpoints: Tensor | None, checkpoint_cu_starts: Tensor | None, every: int
-) -> None:
+def _checkpoints(args: Arguments, call: PrefillCall) -> None:
     """All three arguments or none."""
+    every = call.checkpoint_every_n_tokens
     args.whole("checkpoint_every_n_tokens", every, least=0)
     if every % CHECKPOINT_MULTIPLE:
         raise OptionError(args.where, "checkpoint_every_n_tokens", every, f"a multiple of {CHECKPOINT_MULTIPLE}")
-    for name, value in (("state_checkpoints", state_checkpoints), ("checkpoint_cu_starts", checkpoint_cu_starts)):
-        if every:
-            args.needed(name, value is not None, f"checkpoint_every_n_tokens is {every}")
-        else:
-            args.excluded(name, value is not None, "checkpoint_every_n_tokens is 0")
-    args.optional("state_checkpoints", state_checkpoints, "* HS V K", FLOATS, written=True)
-    args.optional("checkpoint_cu_starts", checkpoint_cu_starts, "N+1", INDICES, any_stride=True)
+    for name in ("state_checkpoints", "checkpoint_cu_starts"):
+        judge = args.needed if every else args.excluded
+        judge(name, getattr(call, name) is not None, f"checkpoint_every_n_tokens is {every}")
+    args.optional("state_checkpoints", call.state_checkpoints, "* HS V K", FLOATS, written=True)
+    args.optional("checkpoint_cu_starts", call.checkpoint_cu_starts, "N+1", INDICES, any_stride=True)
 
 
 def recurrent(call: RecurrentCall, *, state_name: str = "state", single: bool = False) -> Arguments:
     """Decode in both layouts (``single``: one token only) and several tokens."""
     args = Arguments(call.where)
+    if state_name == "initial_state":
+        args.needed("initial_state_indices", call.read_slots is not None, "initial_state is a pool")
     steps = "1" if single else "T"
     _qkv(args, call.q, call.k, call.v, f"B {steps} H K", f"B {steps} H K", f"B {steps} HV V")
     if not single:
@@ -116,12 +115,6 @@ def flag(where: str, name: str, value: object) -> None:
         Arguments(where).flag(name, value)
 
 
-def needs_slots(where: str, read_slots: Tensor | None) -> None:
-    """Several tokens always read a pool."""
-    if read_slots is None:
-        Arguments(where).needed("initial_state_indices", False, "initial_state is a pool")
-
-
 def _write_back(args: Arguments, call: RecurrentCall, layout: str) -> None:
     """Where the states of one or several tokens go."""
     args.optional("output_state_indices", call.write_slots, "B", INDICES, any_stride=True)
@@ -142,56 +135,40 @@ def _write_back(args: Arguments, call: RecurrentCall, layout: str) -> None:
 
 
 def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_states: Tensor | None,
-    cu_seqlens: Tensor,
-    state_indices: Tensor | None,
-    has_initial_state: Tensor | None,
-    activation: str | None,
-    null_slot: int | None,
-) -> Arguments:
-    """``causal_conv1d``."""
-    args = Arguments("causal_conv1d")
-    args.tensor("x", x, "L D", FLOATS)
-    args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    _conv_common(args, weight, bias, conv_states, state_indices, activation, null_slot)
+    where: str, x: Tensor, weight: Tensor, bias: Tensor | None, conv_states: Tensor | None, cu_seqlens: Tensor | None,
+    state_indices: Tensor | None, activation: str | None, null_slot: int | None, *,
+    has_initial_state: Tensor | None = None, num_accepted_tokens: Tensor | None = None,
+) -> Arguments:  # fmt: skip
+    """``causal_conv1d`` and ``causal_conv1d_update``."""
+    args, update = Arguments(where), where == "causal_conv1d_update"
+    if update and cu_seqlens is None:
+        args.tensor("x", x, "N T D" if isinstance(x, Tensor) and x.dim() == 3 else "N D", FLOATS)
+    else:
+        args.tensor("x", x, "L D", FLOATS)
+        args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
+    if update:
+        args.needed("conv_states", conv_states is not None, "an update reads and writes it")
+    _conv_weight(args, "weight", weight)
+    width = args.sizes["W"]
+    args.optional("bias", bias, "D", FLOATS)
+    rows = "N" if state_indices is None else "P"
+    args.optional("conv_states", conv_states, f"{rows} D *", FLOATS, any_stride=True, written=True)
+    columns = width - 1 if conv_states is None else conv_states.shape[-1]
+    if columns < width - 1:
+        must = f"of at least {width - 1} columns for a width of {width}"
+        raise ShapeError(where, "conv_states", f"of {columns} columns", must)
+    args.optional("state_indices", state_indices, "N", INDICES, any_stride=True)
+    args.word("activation", activation, ("silu", "swish", None))
+    _null_slot(args, null_slot, state_indices is not None, "state_indices")
     args.optional("has_initial_state", has_initial_state, "N", (torch.bool,), any_stride=True)
     for name, value in (("state_indices", state_indices), ("has_initial_state", has_initial_state)):
         if value is not None:
             args.needed("conv_states", conv_states is not None, f"{name} speaks of its rows")
-    return args
-
-
-def conv_update(
-    x: Tensor,
-    conv_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state_indices: Tensor | None,
-    num_accepted_tokens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    null_slot: int | None,
-) -> Arguments:
-    """``causal_conv1d_update``."""
-    args = Arguments("causal_conv1d_update")
-    if cu_seqlens is not None:
-        args.tensor("x", x, "L D", FLOATS)
-        args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    else:
-        args.tensor("x", x, "N T D" if isinstance(x, Tensor) and x.dim() == 3 else "N D", FLOATS)
-    args.needed("conv_states", conv_states is not None, "an update reads and writes it")
-    _conv_common(args, weight, bias, conv_states, state_indices, activation, null_slot)
     args.optional("num_accepted_tokens", num_accepted_tokens, "N", INDICES, any_stride=True)
-    if num_accepted_tokens is not None and cu_seqlens is None:
-        most = conv_states.shape[-1] - args.sizes["W"] + 2
-        if args.sizes.get("T", 1) > most:
-            must = (
-                f"at most {most} (conv_states keeps {conv_states.shape[-1]} columns for a width of {args.sizes['W']})"
-            )
-            raise OptionError(args.where, "the number of tokens T", args.sizes["T"], must)
+    most = columns - width + 2
+    if num_accepted_tokens is not None and cu_seqlens is None and args.sizes.get("T", 1) > most:
+        must = f"at most {most} (conv_states keeps {columns} columns for a width of {width})"
+        raise OptionError(where, "the number of tokens T", args.sizes["T"], must)
     return args
 
 
@@ -284,28 +261,6 @@ def _conv_weight(args: Arguments, name: str, weight: Tensor) -> None:
     args.tensor(name, weight, "D W", FLOATS, any_stride=True)
     if not 2 <= args.sizes["W"] <= 5:
         raise ShapeError(args.where, name, f"of width {args.sizes['W']}", "of width 2 to 5")
-
-
-def _conv_common(
-    args: Arguments,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_states: Tensor | None,
-    state_indices: Tensor | None,
-    activation: str | None,
-    null_slot: int | None,
-) -> None:
-    _conv_weight(args, "weight", weight)
-    width = args.sizes["W"]
-    args.optional("bias", bias, "D", FLOATS)
-    rows = "N" if state_indices is None else "P"
-    args.optional("conv_states", conv_states, f"{rows} D *", FLOATS, any_stride=True, written=True)
-    if conv_states is not None and conv_states.shape[-1] < width - 1:
-        must = f"of at least {width - 1} columns for a width of {width}"
-        raise ShapeError(args.where, "conv_states", f"of {conv_states.shape[-1]} columns", must)
-    args.optional("state_indices", state_indices, "N", INDICES, any_stride=True)
-    args.word("activation", activation, ("silu", "swish", None))
-    _null_slot(args, null_slot, state_indices is not None, "state_indices")
 
 
 def _null_slot(args: Arguments, null_slot: int | None, pooled: bool, indices: str) -> None:

@@ -1,8 +1,8 @@
 """Contenders: us, and every other implementation that is installed.
 
-Each has an adapter, a module with ``bind(case, x)``: it translates one set of inputs ``x`` to the peer's conventions,
-which is not timed, and gives what is timed (a :class:`Bound`), or None for a case that the peer can't do. It imports
-the peer when it is called.
+Each has an adapter, a function of ``(case, x)``: it translates one set of inputs ``x`` to the peer's conventions, which
+is not timed, and gives what is timed (a :class:`Bound`), or None for a case that the peer can't do. It imports the peer
+when it is called.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Peer(NamedTuple):
     """One contender."""
 
     adapter: str
-    """Module of this package."""
+    """Module of this package, and the function there."""
     package: str
     """Looked for, to say whether the peer is there."""
     distribution: str
@@ -35,12 +35,12 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    OURS: Peer("ours", "gated_delta", "gated-delta", ("cpu", "cuda")),
-    TOKEN_LOOP: Peer("token_loop", "gated_delta", "gated-delta", ("cpu",)),
-    "flashinfer": Peer("flashinfer", "flashinfer", "flashinfer-python", ("cuda",)),
-    "flashqla": Peer("flashqla", "flash_qla", "flash-qla", ("cuda",)),
-    "fla": Peer("fla", "fla", "fla-core", ("cpu", "cuda")),
-    "transformers": Peer("transformers", "transformers", "transformers", ("cpu",)),
+    OURS: Peer("ours.bind", "gated_delta", "gated-delta", ("cpu", "cuda")),
+    TOKEN_LOOP: Peer("token_loop.bind", "gated_delta", "gated-delta", ("cpu",)),
+    "flashinfer": Peer("flashinfer.bind", "flashinfer", "flashinfer-python", ("cuda",)),
+    "flashqla": Peer("fla.flashqla", "flash_qla", "flash-qla", ("cuda",)),
+    "fla": Peer("fla.bind", "fla", "fla-core", ("cpu", "cuda")),
+    "transformers": Peer("fla.transformers", "transformers", "transformers", ("cpu",)),
 }
 OTHERS = tuple(PEERS)[2:]
 
@@ -66,7 +66,8 @@ def returning(call: Callable[[], Any], read: Callable[..., dict[str, Tensor]]) -
 
 def bind(name: str, case: Case, x: Inputs) -> Bound | None:
     """The contender ``name`` with the inputs ``x`` of a case, None if it can't do the case."""
-    return import_module(f"{__name__}.{PEERS[name].adapter}").bind(case, x)
+    module, function = PEERS[name].adapter.split(".")
+    return getattr(import_module(f"{__name__}.{module}"), function)(case, x)
 
 
 def choose(words: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:

@@ -1,5 +1,5 @@
 """flash-linear-attention: its Triton kernels on a GPU, its torch reference on a CPU. Logarithmic gates, a batch of one
-for packed sequences, states ``[V, K]`` on request.
+for packed sequences, states ``[V, K]`` on request. FlashQLA's prefill and Transformers' reference have its signatures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from gated_delta.bench.peers import Bound, returning
 
 os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")  # its own kernels, not FlashQLA's, which stand apart
 RULE = "fla.ops.gated_delta_rule"
+TRANSFORMERS = "transformers.models.qwen3_next.modeling_qwen3_next"
 
 
 def bind(case: Case, x: Inputs) -> Bound | None:
@@ -33,6 +34,18 @@ def bind(case: Case, x: Inputs) -> Bound | None:
     if case.operation == "conv" and case.form == "prefill":
         return _conv(x)
     return _recurrent(case, x) if case.form in ("V-major", "K-major", "final") and case.state == "fp32" else None
+
+
+def flashqla(case: Case, x: Inputs) -> Bound | None:
+    """FlashQLA's prefill, for head size 128."""
+    if case.operation != "prefill" or case.heads[2:] != (128, 128):
+        return None
+    return chunked(import_module("flash_qla").chunk_gated_delta_rule, x)
+
+
+def transformers(case: Case, x: Inputs) -> Bound | None:
+    """The torch reference that Transformers runs where no kernels are installed."""
+    return torch_reference(lambda: import_module(TRANSFORMERS).torch_chunk_gated_delta_rule, case, x)
 
 
 def on_gpu(x: Inputs) -> bool:

@@ -97,13 +97,14 @@ REPLACED: dict[int, Any] = {
     id(async_copy): SimpleNamespace(
         async_copy_global_to_shared=copy_to_shared, async_load=copy_to_shared, mbarrier_arrive=copies_arrive
     ),
-    id(hopper.tma): SimpleNamespace(async_copy_global_to_shared=copy_tile),
     id(hopper.fence_async_shared): fence_async_shared,
     id(hopper.warpgroup_mma): warpgroup_mma,
     id(hopper.warpgroup_mma_wait): warpgroup_mma_wait,
 }
 for _name in ("async_load", "async_copy_global_to_shared"):  # the same: before Triton 3.9, and since 3.8
-    REPLACED[id(getattr(async_copy, _name, None))] = copy_to_shared
+    for _module, _ours in ((async_copy, copy_to_shared), (hopper.tma, copy_tile)):
+        if hasattr(_module, _name):
+            REPLACED[id(getattr(_module, _name))] = _ours
 Edits = Mapping[str, Sequence[tuple[str, str]]]
 """By function: pieces of its source that are replaced, and what by."""
 

@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -39,6 +38,7 @@ from gated_delta.kernels.gluon.prepare import (
     FROM_Q,
     VECTORS,
     copy_async,
+    copy_tile,
     sequence_of,
     slot_of,
 )
@@ -74,21 +74,21 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr):
         stage, buffer = t % STAGES, t % 2
         mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(stage), 2 * 64 * 64 * (GROUPS + (4 if OUT else 2)))
-        tma.async_copy_global_to_shared(k, [first + t * 64, k_column], full.index(stage), sK.index(stage))
+        copy_tile(k, [first + t * 64, k_column], full.index(stage), sK.index(stage))
         if OUT:
-            tma.async_copy_global_to_shared(q, [first + t * 64, q_column], full.index(stage), sQ.index(stage))
+            copy_tile(q, [first + t * 64, q_column], full.index(stage), sQ.index(stage))
         for group in gl.static_range(GROUPS):
             column, tile = v_column + 64 * group, sV.index(GROUPS * stage + group)
-            tma.async_copy_global_to_shared(v, [first + t * 64, column], full.index(stage), tile)
+            copy_tile(v, [first + t * 64, column], full.index(stage), tile)
         copy_async(factors.index(stage), vectors + f)
         async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
         vectors += wide(heads) * VECTORS
         mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
         mbarrier.expect(full_x.index(buffer), 2 * 64 * 64 * (3 if OUT else 2))
         row = (chunk + t * heads) * 64
-        tma.async_copy_global_to_shared(x, [row, 0], full_x.index(buffer), sX.index(buffer))
+        copy_tile(x, [row, 0], full_x.index(buffer), sX.index(buffer))
         if OUT:
-            tma.async_copy_global_to_shared(p, [row, 0], full_x.index(buffer), sP.index(buffer))
+            copy_tile(p, [row, 0], full_x.index(buffer), sP.index(buffer))
 
 
 @gluon.jit

@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -41,7 +42,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 VECTORS = gl.constexpr(4 * 64)
 FROM_K, FROM_Q, DECAY = gl.constexpr(0), gl.constexpr(64), gl.constexpr(128)
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-"""Its name since Triton 3.8, or the one before 3.9."""
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+"""Their names since Triton 3.8, or those before 3.9."""
 
 
 @constexpr_function
@@ -144,7 +146,7 @@ def spread(sD, LIKE):
 
 @gluon.jit
 def left_of(x, COLUMNS: gl.constexpr, FINE: gl.constexpr):
-    """x as left operand in fp16 of a product with so many columns, and FINE: what that leaves of it."""
+    """As left operand in fp16 of a product with so many columns, and FINE: what that leaves of x."""
     left: gl.constexpr = gl.DotOperandLayout(0, layout_of(COLUMNS), 2)
     high = x.to(gl.float16)
     low = high

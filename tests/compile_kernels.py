@@ -27,6 +27,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
+from gated_delta import library
 from gluon_shared import placed, taken_operands
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -64,10 +65,11 @@ def recurrent(
     a, gate = empty(rows, steps, 32), empty(32, dtype=FP32)
     read, after = empty(rows, dtype=INT) if pooled else None, empty(rows, steps, dtype=INT) if slots else None
     buffer = empty(rows, steps, 32, 128, 128, dtype=state) if snapshots else None
-    OPERATORS.recurrent(
+    given = library.Recurrent(
         q, q, v, empty(rows + 1, 32, 128, 128, dtype=state), v_first, gate, a, gate, a, 128**-0.5, True, False, read,
         -1, update, None, after, buffer, torch.empty_like(v), True,
     )  # fmt: skip
+    OPERATORS.recurrent(given)
 
 
 def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, head_v: int = 128) -> None:
@@ -76,10 +78,11 @@ def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, hea
     gate, pool = empty(8192, 32, dtype=FP32), empty(sequences, 32, head_v, head_k, dtype=FP32)
     starts = empty(sequences + 1, dtype=INT)
     slots = empty(sequences, dtype=INT)
-    OPERATORS.prefill(
+    given = library.Prefill(
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, True, True,
         torch.empty_like(v), True, pool, empty(64, 32, head_v, head_k, dtype=FP32), starts, 64,
     )  # fmt: skip
+    OPERATORS.prefill(given)
 
 
 def hopper(
@@ -92,21 +95,24 @@ def hopper(
     starts, slots = empty(9, dtype=INT), empty(8, dtype=INT)
     pool = empty(64, 32, 128, 128, dtype=FP32)
     kept = (pool, starts, 64) if checkpoints else (None, None, 0)
-    HOSTS["hopper"].prefill(
+    given = library.Prefill(
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, norm, log, torch.empty_like(v),
         True, pool, *kept,
     )  # fmt: skip
+    HOSTS["hopper"].prefill(given)
 
 
 def conv() -> None:
     x, weight, states = empty(4096, 8192), empty(8192, 4), empty(65, 3, 8192).transpose(1, 2)
-    starts, slots = empty(65, dtype=INT), empty(64, dtype=INT)
-    OPERATORS.causal_conv1d(x, weight, None, states, starts, slots, slots.bool(), True, -1, torch.empty_like(x))
+    y, starts, slots = torch.empty_like(x), empty(65, dtype=INT), empty(64, dtype=INT)
+    OPERATORS.causal_conv1d(library.CausalConv1d(x, weight, None, states, starts, slots, slots.bool(), True, -1, y))
 
 
 def conv_update(states: Tensor) -> None:
-    x, slots = empty(64, 8192), empty(64, dtype=INT)
-    OPERATORS.causal_conv1d_update(x, states, empty(8192, 4), None, True, slots, None, None, -1, torch.empty_like(x))
+    x, y, slots = empty(64, 8192), empty(64, 8192), empty(64, dtype=INT)
+    OPERATORS.causal_conv1d_update(
+        library.CausalConv1dUpdate(x, states, empty(8192, 4), None, True, slots, None, None, -1, y)
+    )
 
 
 def step(
@@ -125,16 +131,17 @@ def step(
     if most > 1:
         slots, starts, accepted = empty(rows, most, dtype=INT), empty(rows + 1, dtype=INT), empty(rows, dtype=INT)
     gate = empty(heads, dtype=FP32)
-    OPERATORS.gated_delta_net_step(
+    given = library.GatedDeltaNetStep(
         q, k, v, z, b, a, conv, empty(channels, 4, dtype=dtype), empty(65, heads, head_v, head_k, dtype=state), gate,
         gate, empty(head_v), head_k**-0.5, 1e-6, "silu", False, slots, starts, accepted, empty(65, 16, dtype=INT), -1,
         empty(tokens, heads, head_v, dtype=dtype),
     )  # fmt: skip
+    OPERATORS.gated_delta_net_step(given)
 
 
 def norm() -> None:
     x = empty(4096, 32, 128)
-    OPERATORS.rms_norm_gated(x, x, empty(128), 1e-6, "silu", x)
+    OPERATORS.rms_norm_gated(library.RmsNormGated(x, x, empty(128), 1e-6, "silu", x))
 
 
 DECODE: dict[str, Callable[[], None]] = {

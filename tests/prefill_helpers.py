@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from gated_delta import library
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, to_device
@@ -16,6 +18,16 @@ from helpers import DEVICE, prefill
 def spread(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
     """An index tensor with a stride, on the device."""
     return torch.tensor(values, dtype=dtype, device=DEVICE).repeat_interleave(3)[::3]
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    """Let this module's ``prefill`` serve the calls of any backend. (The operators keep what they have looked up.)"""
+    others = library._implementation
+    monkeypatch.setattr(
+        library,
+        "_implementation",
+        lambda operator, name: backend.prefill if operator == "prefill" else others(operator, name),
+    )
 
 
 def run(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:

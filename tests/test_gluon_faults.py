@@ -15,10 +15,10 @@ from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, prefill_inputs, with_state
 from helpers import nans, prefill, tokens
+from prefill_helpers import serve
 
 host = import_module("gated_delta.kernels.gluon.prefill")
 MODULES = [import_module(f"gated_delta.kernels.gluon.{name}") for name in ("chain", "parts")]
-OPERATORS = import_module("gated_delta.kernels.triton")
 
 
 class Fault(NamedTuple):
@@ -211,7 +211,7 @@ FAULTS = {**SIGNALS, **PRODUCTS, **FORMULAS}
 @pytest.fixture(autouse=True)
 def in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(OPERATORS, "prefill", host.prefill)
+    serve(monkeypatch, host)
 
 
 def judged(

@@ -16,10 +16,9 @@ from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, prefill_inputs, to_device, with_state
 from helpers import DEVICE, FLOATS, Pool, nans, prefill, same_bits, sequences, span, tokens
-from prefill_helpers import assert_right, constant, every_fifth, run, spread, unit
+from prefill_helpers import assert_right, constant, every_fifth, run, serve, spread, unit
 
 host = import_module("gated_delta.kernels.gluon.prefill")
-OPERATORS = import_module("gated_delta.kernels.triton")
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not HOPPER, reason="needs a Hopper GPU, or none")
 emulated = pytest.mark.skipif(DEVICE == "cuda", reason="looks for what a GPU may get right by chance")
@@ -27,7 +26,7 @@ emulated = pytest.mark.skipif(DEVICE == "cuda", reason="looks for what a GPU may
 
 @pytest.fixture(autouse=True)
 def in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OPERATORS, "prefill", host.prefill)
+    serve(monkeypatch, host)
     if DEVICE == "cpu":
         monkeypatch.setattr(host, "launch", gluon_emulator.launch)
 

@@ -107,6 +107,36 @@ CALLS: dict[str, Callable[[], Call]] = {
     "norm, sigmoid": lambda: _norm(activation="sigmoid"),
 }  # fmt: skip
 OPERATORS = ("prefill", "recurrent", "causal_conv1d", "causal_conv1d_update", "rms_norm_gated")
+SCHEMAS = {
+    "prefill": (
+        "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, Tensor cu_seqlens, Tensor? "
+        "initial_state, Tensor? has_initial_state, Tensor? state_indices, int null_slot, bool in_place, bool "
+        "use_qk_l2norm, bool log_gates, Tensor(a!) output, bool zero_padding, Tensor(b!)? final_state, "
+        "Tensor(c!)? checkpoints, Tensor? checkpoint_starts, int checkpoint_every, str backend"
+    ),
+    "recurrent": (
+        "Tensor q, Tensor k, Tensor v, Tensor(a!) state, bool state_v_first, Tensor A_log, Tensor a, Tensor "
+        "dt_bias, Tensor b, float scale, bool use_qk_l2norm, bool allow_neg_eigval, Tensor? read_slots, int "
+        "null_slot, bool update_state, Tensor? write_slots, Tensor? token_slots, Tensor(b!)? snapshots, "
+        "Tensor(c!) output, bool zero_padding, str backend"
+    ),
+    "causal_conv1d": (
+        "Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? conv_states, Tensor cu_seqlens, Tensor? "
+        "state_indices, Tensor? has_initial_state, bool activate, int null_slot, Tensor(b!) output, str backend"
+    ),
+    "causal_conv1d_update": (
+        "Tensor x, Tensor(a!) conv_states, Tensor weight, Tensor? bias, bool activate, Tensor? state_indices, "
+        "Tensor? num_accepted_tokens, Tensor? cu_seqlens, int null_slot, Tensor(b!) output, str backend"
+    ),
+    "rms_norm_gated": ("Tensor x, Tensor z, Tensor weight, float eps, str activation, Tensor(a!) output, str backend"),
+    "gated_delta_net_step": (
+        "Tensor q, Tensor k, Tensor v, Tensor z, Tensor b, Tensor a, Tensor(a!) conv_states, Tensor conv_weight, "
+        "Tensor(b!) state, Tensor A_log, Tensor dt_bias, Tensor norm_weight, float scale, float eps, str "
+        "activation, bool allow_neg_eigval, Tensor state_indices, Tensor? cu_seqlens, Tensor? "
+        "num_accepted_tokens, Tensor(c!)? tickets, int null_slot, Tensor(d!) output, str backend"
+    ),
+}
+"""Arguments of each operator: programs that torch has exported name them so."""
 every_call = pytest.mark.parametrize("make", CALLS.values(), ids=CALLS.keys())
 
 
@@ -124,6 +154,13 @@ def assert_same(actual: Inputs, expected: Inputs) -> None:
 
 def results(value: Any) -> Inputs:
     return {f"result {i}": x for i, x in enumerate(value if isinstance(value, tuple) else (value,))}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas(name: str) -> None:
+    """What the records of the arguments say to torch, mutations included."""
+    schema = getattr(torch.ops.gated_delta, name).default._schema
+    assert str(schema) == f"gated_delta::{name}({SCHEMAS[name]}) -> ()"
 
 
 @every_call

@@ -177,7 +177,7 @@ def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = F
     if data.is_checked():
         data.recurrent(call)
     output = call.q.new_empty(call.v.shape) if call.output is None else call.output
-    arguments = (
+    arguments = library.Recurrent(
         call.q, call.k, call.v, call.state, call.state_v_first, call.A_log, call.a, call.dt_bias, call.b,
         reference.resolve_scale(call.scale, request.head_k), call.use_qk_l2norm, call.allow_neg_eigval,
         call.read_slots, slot_number(call.null_slot),
@@ -186,5 +186,5 @@ def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = F
     )  # fmt: skip
     library.recurrent(*arguments, backend)
     if not torch.compiler.is_compiling() and request.device == "cuda":
-        plans.remember(call, output, library.bound_recurrent(backend, *arguments))
+        plans.remember(call, output, library.bound_recurrent(arguments, backend))
     return output

@@ -1,4 +1,5 @@
-"""The operators as torch sees them: schemas with their mutations, fakes, and the way to each backend.
+"""The operators as torch sees them: a record of each one's arguments, which backends take and which gives torch its
+schema with the mutations; fakes, and the way to each backend.
 
 An operator writes into tensors that its caller made and returns nothing, so its fake has nothing to say and a
 compiler sees every mutation. Implementations are imported when they first run: importing this module imports none.
@@ -9,12 +10,141 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
+from torch import Tensor
 from torch.library import Library, register_fake
 
 _LIBRARY = Library("gated_delta", "DEF")
+Written = Annotated[Tensor, "written"]
+"""A tensor that an operator writes into."""
+
+
+class Prefill(NamedTuple):
+    """Arguments of ``chunk_gated_delta_rule``, shapes as there; in every record a ``null_slot`` of -1 is none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    scale: float
+    cu_seqlens: Tensor
+    initial_state: Tensor | None
+    has_initial_state: Tensor | None
+    state_indices: Tensor | None
+    null_slot: int
+    in_place: bool
+    """The states are read from ``final_state``, and there is no ``initial_state``."""
+    use_qk_l2norm: bool
+    log_gates: bool
+    output: Written
+    zero_padding: bool
+    """Rows of the output that belong to no live sequence are zeroed, not left alone."""
+    final_state: Written | None
+    checkpoints: Written | None
+    checkpoint_starts: Tensor | None
+    checkpoint_every: int
+
+    @property
+    def source(self) -> Tensor | None:
+        """Where the states come from."""
+        return self.final_state if self.in_place else self.initial_state
+
+
+class Recurrent(NamedTuple):
+    """Arguments of the decode operators and several tokens, named as in :class:`gated_delta.calls.RecurrentCall`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Written
+    state_v_first: bool
+    A_log: Tensor
+    a: Tensor
+    dt_bias: Tensor
+    b: Tensor
+    scale: float
+    use_qk_l2norm: bool
+    allow_neg_eigval: bool
+    read_slots: Tensor | None
+    null_slot: int
+    update_state: bool
+    write_slots: Tensor | None
+    token_slots: Tensor | None
+    snapshots: Written | None
+    output: Written
+    zero_padding: bool
+
+
+class CausalConv1d(NamedTuple):
+    """Arguments of ``causal_conv1d``."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    conv_states: Written | None
+    cu_seqlens: Tensor
+    state_indices: Tensor | None
+    has_initial_state: Tensor | None
+    activate: bool
+    """By silu."""
+    null_slot: int
+    output: Written
+
+
+class CausalConv1dUpdate(NamedTuple):
+    """Arguments of ``causal_conv1d_update``; x is ``[L, D]`` with ``cu_seqlens``, else ``[N, D]`` or ``[N, T, D]``."""
+
+    x: Tensor
+    conv_states: Written
+    weight: Tensor
+    bias: Tensor | None
+    activate: bool
+    state_indices: Tensor | None
+    num_accepted_tokens: Tensor | None
+    cu_seqlens: Tensor | None
+    null_slot: int
+    output: Written
+
+
+class RmsNormGated(NamedTuple):
+    """Arguments of ``rms_norm_gated``."""
+
+    x: Tensor
+    z: Tensor
+    weight: Tensor
+    eps: float
+    activation: str
+    output: Written
+
+
+class GatedDeltaNetStep(NamedTuple):
+    """Arguments of ``gated_delta_net_step``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    z: Tensor
+    b: Tensor
+    a: Tensor
+    conv_states: Written
+    conv_weight: Tensor
+    state: Written
+    A_log: Tensor
+    dt_bias: Tensor
+    norm_weight: Tensor
+    scale: float
+    eps: float
+    activation: str
+    allow_neg_eigval: bool
+    state_indices: Tensor
+    cu_seqlens: Tensor | None
+    num_accepted_tokens: Tensor | None
+    tickets: Written | None
+    null_slot: int
+    output: Written
 
 
 @cache
@@ -22,56 +152,38 @@ def _implementation(operator: str, backend: str) -> Any:
     return getattr(import_module(f"gated_delta.kernels.{backend}"), operator)
 
 
-def bound_recurrent(backend: str, *args: Any) -> Any:
+def bound_recurrent(call: Recurrent, backend: str) -> Any:
     """A launch of :data:`recurrent` with these arguments that takes only its tensors' pointers."""
-    return _implementation("bound_recurrent", backend)(*args)
+    return _implementation("bound_recurrent", backend)(call)
 
 
-def _register(operator: str, schema: str) -> Any:
+def _schema(record: Any) -> str:
+    """The arguments as torch writes them, each written tensor with a letter of its own."""
+    letters, arguments = iter("abcd"), []
+    for name, hint in get_type_hints(record, include_extras=True).items():
+        optional = type(None) in get_args(hint)
+        kind = get_args(hint)[0] if optional else hint
+        word = f"Tensor({next(letters)}!)" if kind == Written else kind.__name__
+        arguments.append(f"{word}{'?' if optional else ''} {name}")
+    return ", ".join(arguments)
+
+
+def _register(operator: str, record: Any) -> Any:
     def run(*args: Any) -> None:
-        *rest, backend = args
-        _implementation(operator, backend)(*rest)
+        _implementation(operator, args[-1])(record._make(args[:-1]))
 
     def fake(*args: Any) -> None:
         return None
 
-    _LIBRARY.define(f"{operator}({schema}, str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(f"{operator}({_schema(record)}, str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
     register_fake(f"gated_delta::{operator}", fake, lib=_LIBRARY)
     return getattr(torch.ops.gated_delta, operator).default
 
 
-prefill = _register(
-    "prefill",
-    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, Tensor cu_seqlens, "
-    "Tensor? initial_state, Tensor? has_initial_state, Tensor? state_indices, int null_slot, "
-    "bool in_place, bool use_qk_l2norm, bool log_gates, Tensor(a!) output, bool zero_padding, "
-    "Tensor(b!)? final_state, Tensor(c!)? checkpoints, Tensor? checkpoint_starts, int checkpoint_every",
-)
-recurrent = _register(
-    "recurrent",
-    "Tensor q, Tensor k, Tensor v, Tensor(a!) state, bool state_v_first, Tensor A_log, Tensor a, Tensor dt_bias, "
-    "Tensor b, float scale, bool use_qk_l2norm, bool allow_neg_eigval, Tensor? read_slots, int null_slot, "
-    "bool update_state, Tensor? write_slots, Tensor? token_slots, Tensor(b!)? snapshots, Tensor(c!) output, "
-    "bool zero_padding",
-)
-causal_conv1d = _register(
-    "causal_conv1d",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? conv_states, Tensor cu_seqlens, Tensor? state_indices, "
-    "Tensor? has_initial_state, bool activate, int null_slot, Tensor(b!) output",
-)
-causal_conv1d_update = _register(
-    "causal_conv1d_update",
-    "Tensor x, Tensor(a!) conv_states, Tensor weight, Tensor? bias, bool activate, Tensor? state_indices, "
-    "Tensor? num_accepted_tokens, Tensor? cu_seqlens, int null_slot, Tensor(b!) output",
-)
-rms_norm_gated = _register(
-    "rms_norm_gated", "Tensor x, Tensor z, Tensor weight, float eps, str activation, Tensor(a!) output"
-)
-gated_delta_net_step = _register(
-    "gated_delta_net_step",
-    "Tensor q, Tensor k, Tensor v, Tensor z, Tensor b, Tensor a, Tensor(a!) conv_states, Tensor conv_weight, "
-    "Tensor(b!) state, Tensor A_log, Tensor dt_bias, Tensor norm_weight, float scale, float eps, str activation, "
-    "bool allow_neg_eigval, Tensor state_indices, Tensor? cu_seqlens, Tensor? num_accepted_tokens, "
-    "Tensor(c!)? tickets, int null_slot, Tensor(d!) output",
-)
+prefill = _register("prefill", Prefill)
+recurrent = _register("recurrent", Recurrent)
+causal_conv1d = _register("causal_conv1d", CausalConv1d)
+causal_conv1d_update = _register("causal_conv1d_update", CausalConv1dUpdate)
+rms_norm_gated = _register("rms_norm_gated", RmsNormGated)
+gated_delta_net_step = _register("gated_delta_net_step", GatedDeltaNetStep)

@@ -7,14 +7,14 @@ which loads the kernels. Afterwards such calls compile nothing.
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from tempfile import TemporaryFile
@@ -49,17 +49,6 @@ class _Shapes:
     max_batch: int
     num_spec: int
     device: str
-
-    def dumps(self) -> str:
-        plain = {"config": asdict(self.config), "max_batch": self.max_batch, "num_spec": self.num_spec}
-        dtypes = {name: str(getattr(self, name)).removeprefix("torch.") for name in ("dtype", "state_dtype")}
-        return json.dumps({**plain, **dtypes, "device": self.device})
-
-    @staticmethod
-    def loads(text: str) -> _Shapes:
-        given = json.loads(text)
-        given["config"] = GatedDeltaNetConfig(**given["config"])
-        return _Shapes(**{**given, **{name: getattr(torch, given[name]) for name in ("dtype", "state_dtype")}})
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
@@ -125,13 +114,14 @@ def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> N
     """Run every case in one of ``count`` processes."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", "from gated_delta.warmup import _worker; _worker()"]
+    given = pickle.dumps(shapes).hex()
     running: list[tuple[subprocess.Popen[str], IO[str]]] = []
     with ExitStack() as stack:
         for i in range(count):
             # A file, which a process can fill while nobody reads it; a pipe would stop it.
             said = stack.enter_context(TemporaryFile("w+"))
             process = subprocess.Popen(
-                [*command, shapes.dumps(), str(i), str(count)], env=environment, text=True, stdout=subprocess.PIPE,
+                [*command, given, str(i), str(count)], env=environment, text=True, stdout=subprocess.PIPE,
                 stderr=said,
             )  # fmt: skip
             stack.enter_context(process)
@@ -148,7 +138,7 @@ def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> N
 
 def _worker() -> None:
     """The share of one process: every n-th case. Says a line after each."""
-    shapes, first, step = _Shapes.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    shapes, first, step = pickle.loads(bytes.fromhex(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
     for case in _cases(shapes)[first::step]:
         case()
         print("done", flush=True)

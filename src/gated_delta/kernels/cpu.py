@@ -1,19 +1,19 @@
 """The CPU backend: slots, padding and write-back around the evaluations in :mod:`gated_delta.reference`.
 
-Signatures are those of :mod:`gated_delta.library`. Rows whose slot is padding are left out before anything is
-computed, so what they hold (NaN, stale states) reaches nothing.
+Rows whose slot is padding are left out before anything is computed, so what they hold (NaN, stale states) reaches
+nothing.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gated_delta import reference
 from gated_delta.kernels.separate import composed
+from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill, Recurrent, RmsNormGated
 
 
 def _live(slots: Tensor | None, null_slot: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -31,91 +31,50 @@ def _write(pool: Tensor, slots: Tensor, values: Tensor, null_slot: int) -> None:
     pool[slots] = values[kept].to(pool.dtype)
 
 
-def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor,
-    initial_state: Tensor | None,
-    has_initial_state: Tensor | None,
-    state_indices: Tensor | None,
-    null_slot: int,
-    in_place: bool,
-    use_qk_l2norm: bool,
-    log_gates: bool,
-    output: Tensor,
-    zero_padding: bool,
-    final_state: Tensor | None,
-    checkpoints: Tensor | None,
-    checkpoint_starts: Tensor | None,
-    checkpoint_every: int,
-) -> None:
+def prefill(call: Prefill) -> None:
+    q, k, v, g, beta, output, cu_seqlens = call.q, call.k, call.v, call.g, call.beta, call.output, call.cu_seqlens
     heads = output.shape[1]
-    live, slots = _live(state_indices, null_slot, len(cu_seqlens) - 1, q.device)
+    live, slots = _live(call.state_indices, call.null_slot, len(cu_seqlens) - 1, q.device)
     starts = cu_seqlens.tolist()
     spans = [(starts[i], starts[i + 1]) for i in live.tolist()]
-    source = final_state if in_place else initial_state
-    if source is None:
+    if call.source is None:
         state = q.new_zeros(len(spans), heads, v.shape[-1], k.shape[-1], dtype=torch.float32)
     else:
-        state = source[slots].float()
-        if has_initial_state is not None:  # chosen, not multiplied: an unused slot may hold NaN
-            state = torch.where(has_initial_state[live, None, None, None], state, 0.0)
-    if use_qk_l2norm:
+        state = call.source[slots].float()
+        if call.has_initial_state is not None:  # chosen, not multiplied: an unused slot may hold NaN
+            state = torch.where(call.has_initial_state[live, None, None, None], state, 0.0)
+    if call.use_qk_l2norm:
         q, k = reference.l2norm(q.float()), reference.l2norm(k.float())
     ones = torch.ones((), device=q.device).expand(len(q), heads)
-    alpha = ones if g is None else g.exp() if log_gates else g
-    if zero_padding:
+    alpha = ones if g is None else g.exp() if call.log_gates else g
+    if call.zero_padding:
         output.zero_()
     result = reference.chunked(
-        q, k, v, alpha, ones if beta is None else beta, scale, state, spans, checkpoint_every=checkpoint_every,
-        out=output, prepare=torch.float64,
+        q, k, v, alpha, ones if beta is None else beta, call.scale, state, spans,
+        checkpoint_every=call.checkpoint_every, out=output, prepare=torch.float64,
     )  # fmt: skip
-    if final_state is not None:
-        final_state[slots] = result.state.to(final_state.dtype)
-    if checkpoints is not None and checkpoint_starts is not None:
-        for first, kept in zip(checkpoint_starts[live].tolist(), result.checkpoints, strict=True):
+    if call.final_state is not None:
+        call.final_state[slots] = result.state.to(call.final_state.dtype)
+    if call.checkpoints is not None and call.checkpoint_starts is not None:
+        for first, kept in zip(call.checkpoint_starts[live].tolist(), result.checkpoints, strict=True):
             if kept:
-                checkpoints[first : first + len(kept)] = torch.stack(kept).to(checkpoints.dtype)
+                call.checkpoints[first : first + len(kept)] = torch.stack(kept).to(call.checkpoints.dtype)
 
 
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    state_v_first: bool,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    scale: float,
-    use_qk_l2norm: bool,
-    allow_neg_eigval: bool,
-    read_slots: Tensor | None,
-    null_slot: int,
-    update_state: bool,
-    write_slots: Tensor | None,
-    token_slots: Tensor | None,
-    snapshots: Tensor | None,
-    output: Tensor,
-    zero_padding: bool,
-) -> None:
-    live, slots = _live(read_slots, null_slot, len(q), q.device)
-    pool = state if state_v_first else state.transpose(-1, -2)
-    q, k = q[live].float(), k[live].float()
-    if use_qk_l2norm:
+def recurrent(call: Recurrent) -> None:
+    output, snapshots, token_slots, write_slots = call.output, call.snapshots, call.token_slots, call.write_slots
+    live, slots = _live(call.read_slots, call.null_slot, len(call.q), call.q.device)
+    pool = call.state if call.state_v_first else call.state.transpose(-1, -2)
+    q, k = call.q[live].float(), call.k[live].float()
+    if call.use_qk_l2norm:
         q, k = reference.l2norm(q), reference.l2norm(k)
-    alpha = reference.decay(A_log, a[live], dt_bias)
-    beta = reference.write_strength(b[live], allow_neg_eigval=allow_neg_eigval)
+    alpha = reference.decay(call.A_log, call.a[live], call.dt_bias)
+    beta = reference.write_strength(call.b[live], allow_neg_eigval=call.allow_neg_eigval)
     every = 0 if snapshots is None and token_slots is None else 1
     result, final, states = reference.recurrent(
-        q, k, v[live], alpha, beta, scale, pool[slots].contiguous(), keep_every=every
+        q, k, call.v[live], alpha, beta, call.scale, pool[slots].contiguous(), keep_every=every
     )
-    if zero_padding:
+    if call.zero_padding:
         output.zero_()
     output[live] = result.to(output.dtype)
     if snapshots is not None:
@@ -123,60 +82,37 @@ def recurrent(
             snapshots[live, t] = after.to(snapshots.dtype)
     if token_slots is not None:
         for t, after in enumerate(states):
-            _write(pool, token_slots[live, t], after, null_slot)
-    if update_state:
-        _write(pool, slots if write_slots is None else write_slots[live], final, null_slot)
+            _write(pool, token_slots[live, t], after, call.null_slot)
+    if call.update_state:
+        _write(pool, slots if write_slots is None else write_slots[live], final, call.null_slot)
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_states: Tensor | None,
-    cu_seqlens: Tensor,
-    state_indices: Tensor | None,
-    has_initial_state: Tensor | None,
-    activate: bool,
-    null_slot: int,
-    output: Tensor,
-) -> None:
+def causal_conv1d(call: CausalConv1d) -> None:
+    x, weight, bias, conv_states, cu_seqlens, slots, has_state, activate, null_slot, output = call
     if conv_states is None:
         conv_states = x.new_zeros(len(cu_seqlens) - 1, x.shape[1], weight.shape[1] - 1)
-    _convolve(
-        x, conv_states, weight, bias, activate, state_indices, None, cu_seqlens, null_slot, output, has_initial_state
-    )
+    update = CausalConv1dUpdate(x, conv_states, weight, bias, activate, slots, None, cu_seqlens, null_slot, output)
+    _convolve(update, cu_seqlens, has_state)
 
 
-def causal_conv1d_update(
-    x: Tensor,
-    conv_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activate: bool,
-    state_indices: Tensor | None,
-    num_accepted_tokens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    null_slot: int,
-    output: Tensor,
-) -> None:
+def causal_conv1d_update(call: CausalConv1dUpdate) -> None:
+    x, output, cu_seqlens = call.x, call.output, call.cu_seqlens
     if cu_seqlens is None:
         steps = 1 if x.dim() == 2 else x.shape[1]
         cu_seqlens = torch.arange(len(x) + 1, device=x.device) * steps
-        x, output = x.reshape(-1, x.shape[-1]), output.view(-1, x.shape[-1])
-    _convolve(x, conv_states, weight, bias, activate, state_indices, num_accepted_tokens, cu_seqlens, null_slot, output)
+        call = call._replace(x=x.reshape(-1, x.shape[-1]), output=output.view(-1, x.shape[-1]))
+    _convolve(call, cu_seqlens)
 
 
-def _convolve(
-    x: Tensor, conv_states: Tensor, weight: Tensor, bias: Tensor | None, activate: bool, state_indices: Tensor | None,
-    accepted: Tensor | None, cu_seqlens: Tensor, null_slot: int, output: Tensor, has_state: Tensor | None = None,
-) -> None:  # fmt: skip
+def _convolve(call: CausalConv1dUpdate, cu_seqlens: Tensor, has_state: Tensor | None = None) -> None:
     """Both operators: packed sequences that go on from their states, or (``has_state``) start from zeros. Tokens behind
     the last sequence and rows of padding give zeros.
     """
+    weight, conv_states, accepted = call.weight, call.conv_states, call.num_accepted_tokens
     total, rows, past = int(cu_seqlens[-1]), len(cu_seqlens) - 1, weight.shape[1] - 1
-    output[total:] = 0
-    x, output = x[:total], output[:total]
-    live, slots = _live(state_indices, null_slot, rows, x.device)
+    call.output[total:] = 0
+    x, output = call.x[:total], call.output[:total]
+    live, slots = _live(call.state_indices, call.null_slot, rows, x.device)
     columns = past if accepted is None else conv_states.shape[-1]
     kept = window = conv_states[slots, :, :columns].transpose(1, 2).float()
     if accepted is not None:
@@ -186,7 +122,7 @@ def _convolve(
         kept = torch.where(has_state[live, None, None], kept, 0.0)
     history = x.new_zeros(rows, past, x.shape[1], dtype=torch.float32).index_copy(0, live, kept)
     extended = reference.extend(x, history, cu_seqlens)
-    output.copy_(reference.causal_conv1d(extended, weight, bias, "silu" if activate else None))
+    output.copy_(reference.causal_conv1d(extended, weight, call.bias, "silu" if call.activate else None))
     if len(live) < rows:
         padding = torch.ones(rows, dtype=torch.bool, device=output.device).index_fill(0, live, False)
         row = torch.searchsorted(extended.starts, extended.tokens, right=True) - 1
@@ -203,9 +139,9 @@ def _convolve(
     conv_states[slots, :, :columns] = window.transpose(1, 2).to(conv_states.dtype)
 
 
-def rms_norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, output: Tensor) -> None:
-    output.copy_(reference.rms_norm_gated(x, z, weight, eps, activation))
+def rms_norm_gated(call: RmsNormGated) -> None:
+    call.output.copy_(reference.rms_norm_gated(call.x, call.z, call.weight, call.eps, call.activation))
 
 
-def gated_delta_net_step(*args: Any) -> None:
-    composed(sys.modules[__name__], *args)
+def gated_delta_net_step(call: GatedDeltaNetStep) -> None:
+    composed(sys.modules[__name__], call)

@@ -6,27 +6,24 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from gated_delta.library import CausalConv1dUpdate, GatedDeltaNetStep, Recurrent, RmsNormGated
 
 
-def composed(
-    kernels: Any, q: Tensor, k: Tensor, v: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_states: Tensor,
-    conv_weight: Tensor, state: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, scale: float, eps: float,
-    activation: str, allow_neg_eigval: bool, state_indices: Tensor, cu_seqlens: Tensor | None,
-    num_accepted_tokens: Tensor | None, tickets: Tensor | None, null_slot: int, output: Tensor,
-) -> None:  # fmt: skip
+def composed(kernels: Any, call: GatedDeltaNetStep) -> None:
     """The operator with the functions of ``kernels``, a backend. Ragged rows are padded to the longest for the rule."""
+    q, k, v, state_indices, accepted = call.q, call.k, call.v, call.state_indices, call.num_accepted_tokens
+    cu_seqlens, null_slot, output = call.cu_seqlens, call.null_slot, call.output
     x = torch.cat([y.flatten(1) for y in (q, k, v)], dim=-1)
     slots = state_indices if state_indices.dim() == 2 else state_indices[:, None]
     read = slots[:, 0]
-    if num_accepted_tokens is not None:
-        read = slots.gather(1, num_accepted_tokens[:, None].long() - 1)[:, 0]
+    if accepted is not None:
+        read = slots.gather(1, accepted[:, None].long() - 1)[:, 0]
     live = (slots[:, 0] >= 0) & (slots[:, 0] != null_slot) & (read >= 0) & (read != null_slot)
     first, read = (torch.where(live, index, -1) for index in (slots[:, 0], read))
     mixed = torch.empty_like(x)
-    kernels.causal_conv1d_update(
-        x, conv_states, conv_weight, None, True, first, num_accepted_tokens, cu_seqlens, null_slot, mixed
-    )
+    window = (call.conv_states, call.conv_weight, None, True, first, accepted, cu_seqlens, null_slot)
+    kernels.causal_conv1d_update(CausalConv1dUpdate(x, *window, mixed))
     row = token = torch.arange(len(x), device=x.device)
     step, at, kept = torch.zeros_like(row), row[:, None], None
     if cu_seqlens is not None:
@@ -39,15 +36,18 @@ def composed(
     keys = q.shape[1] * q.shape[2]
     mixed = mixed[at].split((keys, keys, v.shape[1:].numel()), dim=-1)
     core = torch.empty(*at.shape, *output.shape[1:], dtype=x.dtype, device=x.device)
-    kernels.recurrent(
-        *(y.unflatten(-1, (-1, head.shape[-1])) for y, head in zip(mixed, (q, k, v), strict=True)), state, True, A_log,
-        a.flatten(1)[at], dt_bias, b.flatten(1)[at], scale, True, allow_neg_eigval, read, null_slot, kept is None, None,
-        kept, None, core, True,
+    q, k, v = (y.unflatten(-1, (-1, head.shape[-1])) for y, head in zip(mixed, (q, k, v), strict=True))
+    a, b = call.a.flatten(1)[at], call.b.flatten(1)[at]
+    rule = Recurrent(
+        q, k, v, call.state, True, call.A_log, a, call.dt_bias, b, call.scale, True, call.allow_neg_eigval, read,
+        null_slot, kept is None, None, kept, None, core, True,
     )  # fmt: skip
-    kernels.rms_norm_gated(core[row, step % slots.shape[1]], z.flatten(1, 2), norm_weight, eps, activation, output)
+    kernels.recurrent(rule)
+    core, gate = core[row, step % slots.shape[1]], call.z.flatten(1, 2)
+    kernels.rms_norm_gated(RmsNormGated(core, gate, call.norm_weight, call.eps, call.activation, output))
     output.masked_fill_(~live[:, None, None], 0.0)
 
 
-def gated_delta_net_step(*args: Any) -> None:
+def gated_delta_net_step(call: GatedDeltaNetStep) -> None:
     """The operator, by Triton's kernels."""
-    composed(import_module("gated_delta.kernels.triton"), *args)
+    composed(import_module("gated_delta.kernels.triton"), call)

@@ -17,6 +17,7 @@ from gated_delta.kernels.gluon.chain import chain
 from gated_delta.kernels.gluon.parts import states_before, summary
 from gated_delta.kernels.gluon.prepare import VECTORS, prepare
 from gated_delta.kernels.triton.launch import launch, strides
+from gated_delta.library import Prefill
 
 CHUNK = 64
 REGISTERS = {1: (40,), 2: (232, 40)}
@@ -107,100 +108,78 @@ def _one(device: torch.device) -> Tensor:
     return torch.ones(1, device=device)
 
 
-def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor,
-    initial_state: Tensor | None,
-    has_initial_state: Tensor | None,
-    state_indices: Tensor | None,
-    null_slot: int,
-    in_place: bool,
-    use_qk_l2norm: bool,
-    log_gates: bool,
-    output: Tensor,
-    zero_padding: bool,
-    final_state: Tensor | None,
-    checkpoints: Tensor | None,
-    checkpoint_starts: Tensor | None,
-    checkpoint_every: int,
-) -> None:
+def prefill(call: Prefill) -> None:
     """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits."""
+    q, k, v, cu_seqlens, output = call.q, call.k, call.v, call.cu_seqlens, call.output
+    source, has_initial_state = call.source, call.has_initial_state
     (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
-    source = final_state if in_place else initial_state
     # Parts change bits, and a checkpoint has those of the final state of a prefix.
-    groups, part = plan(total, count, heads, _processors(q.device), checkpoints is not None)
+    groups, part = plan(total, count, heads, _processors(q.device), call.checkpoints is not None)
     if total == 0 and count == 0:
         return
-    before = _prepared(q, k, g, beta, cu_seqlens, state_indices, null_slot, scale, use_qk_l2norm, log_gates, heads)
+    x, p, vectors = _prepared(call)
     places = count
     if part:
         places += total // part
-        given = (source, has_initial_state, part, places)
-        source = _states_before(k, v, before[0], before[2], cu_seqlens, state_indices, null_slot, *given)
-        has_initial_state = None
-    x, p, vectors = before
+        source, has_initial_state = _states_before(call, x, vectors, part, places), None
     if total == 0:  # the copy engine wants an address
         q = k = v = x.view(-1, 1, 128)
     args = (
-        vectors, rows(q), rows(k), rows(v, 64), tiles(x), tiles(p), cu_seqlens, state_indices, source,
-        has_initial_state, final_state, checkpoints, checkpoint_starts, output, null_slot, total, count, part,
-        checkpoint_every, q.stride(1), k.stride(1), v.stride(1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
-        *strides(state_indices, 0), *strides(has_initial_state, 0), *strides(checkpoint_starts, 0),
-        *strides(source, 0, 1, 2), *strides(final_state, 0, 1, 2), *strides(checkpoints, 0, 1, 2),
+        vectors, rows(q), rows(k), rows(v, 64), tiles(x), tiles(p), cu_seqlens, call.state_indices, source,
+        has_initial_state, call.final_state, call.checkpoints, call.checkpoint_starts, output, call.null_slot, total,
+        count, part, call.checkpoint_every, q.stride(1), k.stride(1), v.stride(1), *strides(output, 0, 1),
+        *strides(cu_seqlens, 0), *strides(call.state_indices, 0), *strides(has_initial_state, 0),
+        *strides(call.checkpoint_starts, 0), *strides(source, 0, 1, 2), *strides(call.final_state, 0, 1, 2),
+        *strides(call.checkpoints, 0, 1, 2),
     )  # fmt: skip
     constants: dict[str, Any] = {
         "RQ": heads // q.shape[1], "RK": heads // k.shape[1], "RV": heads // v.shape[1], "GROUPS": groups,
-        "PARTS": part > 0, "ZERO_PADDING": zero_padding, "REGISTERS": REGISTERS[groups],
+        "PARTS": part > 0, "ZERO_PADDING": call.zero_padding, "REGISTERS": REGISTERS[groups],
     }  # fmt: skip
-    grid = (heads * 2 // groups, places + zero_padding)  # the last programs are for the tokens behind the last sequence
+    # The last programs are for the tokens behind the last sequence.
+    grid = (heads * 2 // groups, places + call.zero_padding)
     if grid[1] > 0:
         launch(chain, grid, args, constants, warps=4)
 
 
-def _prepared(
-    q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, cu_seqlens: Tensor, state_indices: Tensor | None,
-    null_slot: int, scale: float, use_qk_l2norm: bool, log_gates: bool, heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
     """What every chunk does: X, the transpose of P', and their vectors."""
-    total, count = q.shape[0], cu_seqlens.shape[0] - 1
-    log_gates = log_gates and g is not None
-    g, beta = (_one(q.device).expand(total, heads) if x is None else x for x in (g, beta))
+    q, k, cu_seqlens, state_indices = call.q, call.k, call.cu_seqlens, call.state_indices
+    (total, heads, _), count = call.output.shape, cu_seqlens.shape[0] - 1
+    g, beta = (_one(q.device).expand(total, heads) if x is None else x for x in (call.g, call.beta))
     slots = total // CHUNK + max(count, 1)
     x, p = q.new_empty(slots, heads, CHUNK, 128), q.new_empty(slots, heads, CHUNK, CHUNK)
     vectors = q.new_empty(slots, heads, VECTORS.value, dtype=torch.float32)
     args = (
-        q, k, g, beta, cu_seqlens, state_indices, x, p, vectors, scale, null_slot, count,
+        q, k, g, beta, cu_seqlens, state_indices, x, p, vectors, call.scale, call.null_slot, count,
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
         *strides(state_indices, 0),
     )  # fmt: skip
-    constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1], "NORM": use_qk_l2norm, "LOG": log_gates}
+    constants = {
+        "RQ": heads // q.shape[1], "RK": heads // k.shape[1], "NORM": call.use_qk_l2norm,
+        "LOG": call.log_gates and call.g is not None,
+    }  # fmt: skip
     if count > 0:
         launch(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
     return x, p, vectors
 
 
-def _states_before(
-    k: Tensor, v: Tensor, x: Tensor, vectors: Tensor, cu_seqlens: Tensor, state_indices: Tensor | None,
-    null_slot: int, source: Tensor | None, has_initial_state: Tensor | None, part: int, places: int,
-) -> Tensor:  # fmt: skip
+def _states_before(call: Prefill, x: Tensor, vectors: Tensor, part: int, places: int) -> Tensor:
     """The states that parts start from, ``[places, HV, V, K]`` fp32."""
+    k, v, cu_seqlens, state_indices = call.k, call.v, call.cu_seqlens, call.state_indices
     heads, count = x.shape[1], cu_seqlens.shape[0] - 1
     maps = k.new_empty(places, heads, 2, 128, 128, dtype=torch.float32)
     states = k.new_empty(places, heads, 128, 128, dtype=torch.float32)
     args = (
-        vectors, rows(k), rows(v, 64), tiles(x), cu_seqlens, state_indices, maps, null_slot, count, part, k.stride(1),
-        v.stride(1), *strides(cu_seqlens, 0), *strides(state_indices, 0),
+        vectors, rows(k), rows(v, 64), tiles(x), cu_seqlens, state_indices, maps, call.null_slot, count, part,
+        k.stride(1), v.stride(1), *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RK": heads // k.shape[1], "RV": heads // v.shape[1], "REGISTERS": REGISTERS[2]}
     launch(summary, (heads, places, 2), args, constants, warps=4)
     args = (
-        maps, cu_seqlens, state_indices, source, has_initial_state, states, null_slot, part, *strides(cu_seqlens, 0),
-        *strides(state_indices, 0), *strides(has_initial_state, 0), *strides(source, 0, 1, 2),
+        maps, cu_seqlens, state_indices, call.source, call.has_initial_state, states, call.null_slot, part,
+        *strides(cu_seqlens, 0), *strides(state_indices, 0), *strides(call.has_initial_state, 0),
+        *strides(call.source, 0, 1, 2),
     )  # fmt: skip
     launch(states_before, (128 // ROWS, heads, count), args, {"ROWS": ROWS}, warps=8)
     return states

@@ -1,7 +1,4 @@
-"""The Triton backend: every operator on any GPU that Triton serves.
-
-Signatures are those of :mod:`gated_delta.library`.
-"""
+"""The Triton backend: every operator on any GPU that Triton serves."""
 
 from gated_delta.kernels.triton.conv import causal_conv1d, causal_conv1d_update
 from gated_delta.kernels.triton.norm import rms_norm_gated

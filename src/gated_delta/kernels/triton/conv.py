@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gated_delta.kernels.triton.launch import launch, strides
 from gated_delta.kernels.triton.shared import convolved, slot_of
+from gated_delta.library import CausalConv1d, CausalConv1dUpdate
 
 _MASK = 32
 """Most tokens of a program of prefill: the bits of its masks."""
@@ -260,18 +261,8 @@ def _constants(weight: Tensor, activate: bool, channels: int) -> dict[str, Any]:
     return {"W": width, "BD": block, "FLAT": flat, "ACTIVATE": activate}
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_states: Tensor | None,
-    cu_seqlens: Tensor,
-    state_indices: Tensor | None,
-    has_initial_state: Tensor | None,
-    activate: bool,
-    null_slot: int,
-    output: Tensor,
-) -> None:
+def causal_conv1d(call: CausalConv1d) -> None:
+    x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activate, null_slot, output = call
     rows, (tokens, channels) = len(cu_seqlens) - 1, x.shape
     if rows == 0:  # nothing but padding; the kernel looks for rows
         output.zero_()
@@ -295,19 +286,8 @@ def causal_conv1d(
     )  # fmt: skip
 
 
-def causal_conv1d_update(
-    x: Tensor,
-    conv_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activate: bool,
-    state_indices: Tensor | None,
-    num_accepted_tokens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    null_slot: int,
-    output: Tensor,
-) -> None:
-    """Without ``cu_seqlens`` x is ``[N, D]`` or ``[N, T, D]``, with it ``[L, D]``."""
+def causal_conv1d_update(call: CausalConv1dUpdate) -> None:
+    x, conv_states, weight, bias, activate, state_indices, accepted, cu_seqlens, null_slot, output = call
     if cu_seqlens is not None:
         rows, programs, tokens = len(cu_seqlens) - 1, len(cu_seqlens), 0
         x_strides, o_strides = (0, x.stride(0)), (0, output.stride(0))
@@ -324,7 +304,7 @@ def causal_conv1d_update(
         (programs, blocks),
         (
             x, *x_strides, conv_states, *conv_states.stride(), weight, *weight.stride(), bias, state_indices,
-            *strides(state_indices, 0), num_accepted_tokens, *strides(num_accepted_tokens, 0), cu_seqlens,
+            *strides(state_indices, 0), accepted, *strides(accepted, 0), cu_seqlens,
             *strides(cu_seqlens, 0), output, *o_strides, null_slot, rows, tokens, x.shape[0], x.shape[-1],
         ),
         constants,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gated_delta.kernels.triton.launch import launch
 from gated_delta.kernels.triton.shared import sigmoid
+from gated_delta.library import RmsNormGated
 
 _ELEMENTS = 2048
 """Elements of a program of four warps: a thread reads two times 16 bytes of x and of z in bf16."""
@@ -47,7 +48,8 @@ def _rows(x: Tensor, z: Tensor) -> list[tuple[int, int, int]]:
     return merged
 
 
-def rms_norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, output: Tensor) -> None:
+def rms_norm_gated(call: RmsNormGated) -> None:
+    x, z, weight, eps, activation, output = call
     if output.numel() == 0:
         return
     dims = _rows(x, z)

@@ -14,6 +14,7 @@ from gated_delta.kernels.triton.launch import launch, strides
 from gated_delta.kernels.triton.prefill_chain import chain
 from gated_delta.kernels.triton.prefill_prepare import CHUNK, VECTORS, prepare
 from gated_delta.kernels.triton.prefill_tokens import by_tokens
+from gated_delta.library import Prefill
 
 
 class Tiles(NamedTuple):
@@ -64,74 +65,53 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor,
-    initial_state: Tensor | None,
-    has_initial_state: Tensor | None,
-    state_indices: Tensor | None,
-    null_slot: int,
-    in_place: bool,
-    use_qk_l2norm: bool,
-    log_gates: bool,
-    output: Tensor,
-    zero_padding: bool,
-    final_state: Tensor | None,
-    checkpoints: Tensor | None,
-    checkpoint_starts: Tensor | None,
-    checkpoint_every: int,
-) -> None:
+def prefill(call: Prefill) -> None:
+    q, k, v, cu_seqlens, output, source = call.q, call.k, call.v, call.cu_seqlens, call.output, call.source
     (total, heads, head_v), head_k, count = output.shape, q.shape[2], cu_seqlens.shape[0] - 1
     if count > MOST_SEQUENCES:
         was, must = f"of {count} sequences", f"of at most {MOST_SEQUENCES} for the backend triton"
         raise BackendError("chunk_gated_delta_rule", "cu_seqlens", was, must)
-    source = final_state if in_place else initial_state
-    gates = {"NORM": use_qk_l2norm, "LOG": log_gates}
+    gates = {"NORM": call.use_qk_l2norm, "LOG": call.log_gates}
     ratios = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
     before: tuple[Tensor | None, ...]
     if q.dtype == torch.float32:
-        kernel, tiles, before, behind = by_tokens, TOKENS, (g, beta), (*strides(g, 0), *strides(beta, 0))
+        before, behind = (call.g, call.beta), (*strides(call.g, 0), *strides(call.beta, 0))
+        kernel, tiles = by_tokens, TOKENS
     else:
         limits = _shared_memory(q.device), _processors(q.device)
         tiles = chain_tiles(head_k, head_v, count * heads, total <= count * CHUNK, *limits)
         kernel, behind = chain, ()
-        before, gates = _prepared(q, k, g, beta, cu_seqlens, state_indices, null_slot, ratios, gates), {}
+        before, gates = _prepared(call, ratios, gates), {}
     args = (
-        q, k, v, *before, cu_seqlens, state_indices, source, has_initial_state, final_state, checkpoints,
-        checkpoint_starts, output, scale, null_slot, total, count, checkpoint_every,
+        q, k, v, *before, cu_seqlens, call.state_indices, source, call.has_initial_state, call.final_state,
+        call.checkpoints, call.checkpoint_starts, output, call.scale, call.null_slot, total, count,
+        call.checkpoint_every,
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1), *strides(output, 0, 1),
-        *strides(cu_seqlens, 0), *strides(state_indices, 0), *strides(has_initial_state, 0),
-        *strides(checkpoint_starts, 0), *strides(source, 0, 1, 2), *strides(final_state, 0, 1, 2),
-        *strides(checkpoints, 0, 1, 2), *behind,
+        *strides(cu_seqlens, 0), *strides(call.state_indices, 0), *strides(call.has_initial_state, 0),
+        *strides(call.checkpoint_starts, 0), *strides(source, 0, 1, 2), *strides(call.final_state, 0, 1, 2),
+        *strides(call.checkpoints, 0, 1, 2), *behind,
     )  # fmt: skip
     constants = {
         **ratios, "RV": heads // v.shape[1], "K": head_k, "V": head_v, "BK": triton.next_power_of_2(head_k),
-        "BV": tiles.columns, "STAGES": tiles.stages, "ZERO_PADDING": zero_padding, **gates,
+        "BV": tiles.columns, "STAGES": tiles.stages, "ZERO_PADDING": call.zero_padding, **gates,
     }  # fmt: skip
     # Where padding is to be zero, one more sequence: the tokens behind the last.
-    grid = (-(-head_v // tiles.columns), heads, count + zero_padding)
+    grid = (-(-head_v // tiles.columns), heads, count + call.zero_padding)
     if grid[2] > 0:
         launch(kernel, grid, args, constants, warps=tiles.warps, stages=tiles.stages)
 
 
-def _prepared(
-    q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor | None, cu_seqlens: Tensor, state_indices: Tensor | None,
-    null_slot: int, ratios: dict[str, int], gates: dict[str, Any],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _prepared(call: Prefill, ratios: dict[str, int], gates: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """What every chunk does: X^T and P', and their vectors."""
+    q, k, g, beta, cu_seqlens, slots_of = call.q, call.k, call.g, call.beta, call.cu_seqlens, call.state_indices
     count, (total, _, head_k), heads = cu_seqlens.shape[0] - 1, q.shape, q.shape[1] * ratios["RQ"]
     slots = total // CHUNK + count
     work = q.new_empty(slots, heads, head_k + CHUNK, CHUNK)
     vectors = q.new_empty(slots, heads, VECTORS, dtype=torch.float32)
     args = (
-        q, k, g, beta, cu_seqlens, state_indices, work, vectors, null_slot, count,
+        q, k, g, beta, cu_seqlens, slots_of, work, vectors, call.null_slot, count,
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0), *strides(beta, 0), *strides(cu_seqlens, 0),
-        *strides(state_indices, 0),
+        *strides(slots_of, 0),
     )  # fmt: skip
     columns = min(PREPARE.columns, triton.next_power_of_2(head_k))
     constants = {**ratios, "K": head_k, "BC": columns, **gates}

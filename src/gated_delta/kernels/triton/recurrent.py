@@ -16,6 +16,7 @@ from torch import Tensor
 from gated_delta.kernels.triton.launch import Start, bind, launch, strides
 from gated_delta.kernels.triton.tokens import tokens
 from gated_delta.kernels.triton.verify import verify
+from gated_delta.library import Recurrent
 
 MOST_AT_ONCE = 16
 """Tokens that :func:`verify` takes; calls of more go token by token."""
@@ -99,57 +100,41 @@ class _Work(NamedTuple):
     warps: int
 
 
-def recurrent(*args: Any) -> None:
+def recurrent(call: Recurrent) -> None:
     """The operator."""
-    work = _work(*args)
+    work = _work(call)
     launch(work.kernel, work.grid, (*work.tensors, *work.numbers), work.constants, warps=work.warps)
 
 
-def bound_recurrent(*args: Any) -> Start:
+def bound_recurrent(call: Recurrent) -> Start:
     """The launch that :func:`recurrent` does, which takes the pointers of its tensors."""
-    work = _work(*args)
+    work = _work(call)
     arguments, bound = (*work.tensors, *work.numbers), len(work.numbers)
     return bind(work.kernel, work.grid, arguments, work.constants, warps=work.warps, bound=bound)
 
 
-def _work(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    state_v_first: bool,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    scale: float,
-    use_qk_l2norm: bool,
-    allow_neg_eigval: bool,
-    read_slots: Tensor | None,
-    null_slot: int,
-    update_state: bool,
-    write_slots: Tensor | None,
-    token_slots: Tensor | None,
-    snapshots: Tensor | None,
-    output: Tensor,
-    zero_padding: bool,
-) -> _Work:
+def _work(call: Recurrent) -> _Work:
+    q, k, v, state, a, b, output, snapshots = (*call[:4], call.a, call.b, call.output, call.snapshots)
+    read_slots, write_slots, token_slots = call.read_slots, call.write_slots, call.token_slots
     rows, steps, heads, head_v = v.shape
     kept = token_slots is not None or snapshots is not None
-    kernel, tile, constants = _choice(rows * heads, steps, q.shape[-1], state, state_v_first, update_state, kept)
+    kernel, tile, constants = _choice(
+        rows * heads, steps, q.shape[-1], state, call.state_v_first, call.update_state, kept
+    )
     # With fewer values a row of a small K would be spread over other lanes than in larger tiles.
     block_v = min(max(tile.values, 512 // (q.shape[-1] * state.element_size())), int(triton.next_power_of_2(head_v)))
-    most = STREAMED_COLUMNS if state.element_size() == 2 and not state_v_first else STREAMED_BYTES
+    most = STREAMED_COLUMNS if state.element_size() == 2 and not call.state_v_first else STREAMED_BYTES
     streamed = rows * heads * head_v * q.shape[-1] * state.element_size() <= most
     constants |= {
         "HV": heads, "R": heads // q.shape[2], "K": q.shape[-1], "V": head_v, "BV": block_v,
-        "NORM": use_qk_l2norm, "NEG_EIGVAL": allow_neg_eigval, "UPDATE": update_state,
-        "WIDE": _is_wide(state) or _is_wide(snapshots), "ZERO_PADDING": zero_padding,
+        "NORM": call.use_qk_l2norm, "NEG_EIGVAL": call.allow_neg_eigval, "UPDATE": call.update_state,
+        "WIDE": _is_wide(state) or _is_wide(snapshots), "ZERO_PADDING": call.zero_padding,
         "EVICT": "evict_first" if streamed else "",
     }  # fmt: skip
-    tensors = (q, k, v, state, A_log, a, dt_bias, b, output, read_slots, write_slots, token_slots, snapshots)
+    slots = (read_slots, write_slots, token_slots)
+    tensors = (q, k, v, state, call.A_log, a, call.dt_bias, b, output, *slots, snapshots)
     numbers = (
-        scale, null_slot, *strides(read_slots, 0), *strides(write_slots, 0), *strides(token_slots, 0, 1),
+        call.scale, call.null_slot, *strides(read_slots, 0), *strides(write_slots, 0), *strides(token_slots, 0, 1),
         *strides(q, 0, 1, 2), *strides(k, 0, 1, 2), *strides(v, 0, 1, 2), *strides(a, 0, 1), *strides(b, 0, 1),
         *strides(output, 0, 1, 2), *strides(state, 0, 1, 2), *strides(snapshots, 0, 1, 2, 3), steps,
     )  # fmt: skip

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from gated_delta.kernels.triton.launch import launch, strides
 from gated_delta.kernels.triton.recurrent import STREAMED_BYTES
 from gated_delta.kernels.triton.shared import gates, place_in_grid, sigmoid, slot_of
+from gated_delta.library import GatedDeltaNetStep
 
 _LINE = 128
 """Bytes of a row that neighbouring lanes share. Fewer lanes a row than a warp has make sums over K cheaper: three
@@ -204,12 +204,11 @@ def step_kernel(
             tl.store(tickets + slot * t_slot + group, 0)
 
 
-def gated_delta_net_step(
-    q: Tensor, k: Tensor, v: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_states: Tensor, conv_weight: Tensor,
-    state: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, scale: float, eps: float, activation: str,
-    allow_neg_eigval: bool, state_indices: Tensor, cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None,
-    tickets: Tensor | None, null_slot: int, output: Tensor,
-) -> None:  # fmt: skip
+def gated_delta_net_step(call: GatedDeltaNetStep) -> None:
+    (
+        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, scale, eps, activation,
+        allow_neg_eigval, state_indices, cu_seqlens, num_accepted_tokens, tickets, null_slot, output,
+    ) = call  # fmt: skip
     rows, (tokens, groups, ratio, head_v), head_k = len(state_indices), v.shape, q.shape[-1]
     if rows == 0 or tokens == 0:
         output.zero_()

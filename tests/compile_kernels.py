@@ -80,7 +80,7 @@ def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, hea
     slots = empty(sequences, dtype=INT)
     given = library.Prefill(
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, True, True,
-        torch.empty_like(v), True, pool, empty(64, 32, head_v, head_k, dtype=FP32), starts, 64,
+        torch.empty_like(v), True, pool, empty(64, 32, head_v, head_k, dtype=FP32), starts, 64, False,
     )  # fmt: skip
     OPERATORS.prefill(given)
 
@@ -97,7 +97,7 @@ def hopper(
     kept = (pool, starts, 64) if checkpoints else (None, None, 0)
     given = library.Prefill(
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, norm, log, torch.empty_like(v),
-        True, pool, *kept,
+        True, pool, *kept, False,
     )  # fmt: skip
     HOSTS["hopper"].prefill(given)
 

@@ -270,6 +270,24 @@ def test_a_sequence_has_its_own_bits_whatever_the_batch() -> None:
         assert same_bits(some_state, state[chosen]), chosen
 
 
+def test_batch_invariance_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one processor more for a sequence alone would change how it is cut, and so its bits."""
+    for name in ("SUMMARY_US", "PART_US", "SPLIT_US"):
+        monkeypatch.setattr(host, name, 0.0)
+    host._soonest.cache_clear()
+    inputs = small([256, 256], gates="weak")
+    assert host.plan(256, 1, 1, 132, False).part == 64
+    assert host.plan(256, 1, 1, 132, True).part == 0
+    whole, state = run(inputs, deterministic="batch_invariant")
+    for i in (0, 1):
+        alone, own = run(sequences(inputs, [i]), deterministic="batch_invariant")
+        assert same_bits(alone, whole[span(inputs, i)])
+        assert same_bits(own[0], state[i])
+    cut, _ = run(sequences(inputs, [0]))
+    assert not same_bits(cut, whole[span(inputs, 0)])
+    host._soonest.cache_clear()
+
+
 @emulated
 def test_the_order_in_which_partitions_run_changes_no_bit(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, before = small([330]), None

@@ -112,7 +112,8 @@ SCHEMAS = {
         "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, Tensor cu_seqlens, Tensor? "
         "initial_state, Tensor? has_initial_state, Tensor? state_indices, int null_slot, bool in_place, bool "
         "use_qk_l2norm, bool log_gates, Tensor(a!) output, bool zero_padding, Tensor(b!)? final_state, "
-        "Tensor(c!)? checkpoints, Tensor? checkpoint_starts, int checkpoint_every, str backend"
+        "Tensor(c!)? checkpoints, Tensor? checkpoint_starts, int checkpoint_every, bool batch_invariant, str "
+        "backend"
     ),
     "recurrent": (
         "Tensor q, Tensor k, Tensor v, Tensor(a!) state, bool state_v_first, Tensor A_log, Tensor a, Tensor "

@@ -310,6 +310,7 @@ OPTIONS: dict[str, list[tuple[str, Inputs]]] = {
         (f"g_space is 'exp'; it must be {WORDS}", {"g_space": "exp"}),
         (f"g_space is None; it must be {WORDS}", {"g_space": None}),
         ("max_seqlen is -1; it must be at least 0", {"max_seqlen": -1}),
+        ("deterministic is True; it must be None or 'batch_invariant'", {"deterministic": True}),
         (f"initial_state {NEED} state_indices needs a pool", {**NO_POOL, "state_indices": torch.tensor([4, 1])}),
         (f"initial_state {NEED} has_initial_state says which of its rows count", {"initial_state": None}),
         (f"state_indices {NEED} null_slot names a slot of a pool", NO_POOL),

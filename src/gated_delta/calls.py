@@ -34,6 +34,7 @@ class PrefillCall(NamedTuple):
     state_indices: Tensor | None
     has_initial_state: Tensor | None
     max_seqlen: int | None
+    deterministic: str | None
     null_slot: int | None
     backend: str
 

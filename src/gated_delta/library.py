@@ -46,6 +46,8 @@ class Prefill(NamedTuple):
     checkpoints: Written | None
     checkpoint_starts: Tensor | None
     checkpoint_every: int
+    batch_invariant: bool
+    """Sequences stay whole, whatever that costs."""
 
     @property
     def source(self) -> Tensor | None:

@@ -31,6 +31,7 @@ def chunk_gated_delta_rule(
     state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     max_seqlen: int | None = None,
+    deterministic: str | None = None,
     null_slot: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -53,6 +54,8 @@ def chunk_gated_delta_rule(
         state_indices: ``[N]`` int32 or int64 slots; negative ones, and ``null_slot``, are padding.
         has_initial_state: ``[N]`` bool; False starts from zero whatever the slot holds.
         max_seqlen: an upper bound of the lengths, a hint. backend: "auto", or a name from :func:`explain`.
+        deterministic: "batch_invariant": a sequence's bits never depend on what else is in the batch. On Hopper that
+            costs long sequences of few heads time; elsewhere it is always so.
 
     Returns:
         The output, or with ``output_final_state`` the pair (output, final states).
@@ -63,7 +66,7 @@ def chunk_gated_delta_rule(
     call = PrefillCall(
         q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, output,
         output_state, state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens, g_space, state_indices,
-        has_initial_state, max_seqlen, null_slot, backend,
+        has_initial_state, max_seqlen, deterministic, null_slot, backend,
     )  # fmt: skip
     return _run(call)
 
@@ -83,7 +86,7 @@ def _run(call: PrefillCall) -> Tensor | tuple[Tensor, Tensor]:
         None if in_place else call.initial_state, call.has_initial_state, call.state_indices,
         slot_number(call.null_slot), in_place, call.use_qk_l2norm_in_kernel,
         call.g_space == "log", output, call.output is None, final, call.state_checkpoints, call.checkpoint_cu_starts,
-        call.checkpoint_every_n_tokens, backend,
+        call.checkpoint_every_n_tokens, call.deterministic is not None, backend,
     )  # fmt: skip
     if not call.output_final_state:
         return output

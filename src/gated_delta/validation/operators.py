@@ -29,6 +29,7 @@ def prefill(call: PrefillCall) -> Arguments:
     args.flag("use_qk_l2norm_in_kernel", call.use_qk_l2norm_in_kernel)
     args.scale(call.scale)
     args.word("g_space", call.g_space, ("linear", "log"), _G_SPACE)
+    args.word("deterministic", call.deterministic, (None, "batch_invariant"))
     if call.max_seqlen is not None:
         args.whole("max_seqlen", call.max_seqlen, least=0)
     _prefill_states(args, call)

@@ -26,7 +26,7 @@ PREPARE_REGISTERS = 128
 """Four programs of :func:`prepare` on a processor."""
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
-ALONE_US, CHUNK_US, SUMMARY_US, PART_US, SPLIT_US = 1.05, 1.72, 1.4, 1.5, 8.0
+ALONE_US, CHUNK_US, SUMMARY_US, PART_US, SPLIT_US = 1.05, 1.72, 1.4, 3.0, 4.0
 """What a chunk takes where one group has a processor, where two have, one of a summary; a part on the way through a
 sequence; and two launches more. Measured on an H200 (docs/performance.md), but for the last two.
 """
@@ -114,7 +114,8 @@ def prefill(call: Prefill) -> None:
     source, has_initial_state = call.source, call.has_initial_state
     (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
     # Parts change bits, and a checkpoint has those of the final state of a prefix.
-    groups, part = plan(total, count, heads, _processors(q.device), call.checkpoints is not None)
+    whole = call.batch_invariant or call.checkpoints is not None
+    groups, part = plan(total, count, heads, _processors(q.device), whole)
     if total == 0 and count == 0:
         return
     x, p, vectors = _prepared(call)

@@ -41,11 +41,7 @@ def test_no_function_or_file_is_too_long(path: Path) -> None:
 
 
 def test_the_package_is_small() -> None:
-    """The plug-ins for engines are counted apart: each is an adapter that nothing else of the package needs."""
-    lines = {path: path.read_text().count("\n") for path in SOURCES}
-    plugins = sum(count for path, count in lines.items() if "interop" in path.parts)
-    assert plugins < 1_000
-    assert sum(lines.values()) - plugins < 10_000
+    assert sum(path.read_text().count("\n") for path in SOURCES) < 10_000
 
 
 def test_few_blocks_stand_twice() -> None:

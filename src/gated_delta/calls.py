@@ -1,7 +1,5 @@
 """One call of an operator, as its arguments came in: what validation judges and the backend is handed."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from torch import Tensor

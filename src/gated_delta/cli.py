@@ -1,7 +1,5 @@
 """The ``gated-delta`` command."""
 
-from __future__ import annotations
-
 import codecs
 import importlib.util
 import platform

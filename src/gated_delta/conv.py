@@ -1,7 +1,5 @@
 """Causal depthwise convolution with carried state: packed prefill, and the update for decode and speculation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

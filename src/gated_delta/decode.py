@@ -2,8 +2,6 @@
 speculative verification.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

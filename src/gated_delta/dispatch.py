@@ -1,7 +1,5 @@
 """Which backend serves a call: one table, read from the top; the first that can serve it is what "auto" picks."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

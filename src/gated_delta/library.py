@@ -6,8 +6,6 @@ compiler sees every mutation. Implementations are imported when they first run: 
 ``Library.define`` and ``impl`` cost a call a quarter of what ``torch.library.custom_op`` does (docs/performance.md).
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
@@ -174,12 +172,9 @@ def _register(operator: str, record: Any) -> Any:
     def run(*args: Any) -> None:
         _implementation(operator, args[-1])(record._make(args[:-1]))
 
-    def fake(*args: Any) -> None:
-        return None
-
     _LIBRARY.define(f"{operator}({_schema(record)}, str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
-    register_fake(f"gated_delta::{operator}", fake, lib=_LIBRARY)
+    register_fake(f"gated_delta::{operator}", lambda *args: None, lib=_LIBRARY)
     return getattr(torch.ops.gated_delta, operator).default
 
 

@@ -1,7 +1,5 @@
 """Gated RMSNorm, the last step of a layer before its output projection."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ options and on what the tensors look like, never on what they hold, so it is kep
 the plans, and a plan's guards (dtype, device, sizes, strides, whether a gradient is wanted) say whether it fits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Chunked prefill: many tokens of many sequences at once."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

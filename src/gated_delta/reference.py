@@ -10,8 +10,6 @@ Head counts are written HQ, HK, HV for q, k, v and ``HS = max(HQ, HV)`` for stat
 the dtype that the caller passes as ``dtype`` and rounds nothing in between.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """A pool of per-sequence states: slots that requests hold while they run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

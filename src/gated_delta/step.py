@@ -1,7 +1,5 @@
 """A decode step of a layer: everything between its input projections and its output projection."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

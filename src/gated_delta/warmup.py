@@ -5,8 +5,6 @@ cases first, each its share, and leave what they compile in Triton's disk cache;
 which loads the kernels. Afterwards such calls compile nothing.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import subprocess

@@ -1,7 +1,5 @@
 """What is measured: the head layouts of real models, batches and sequences that engines see, and forms of operators."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

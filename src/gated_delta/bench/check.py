@@ -1,7 +1,5 @@
 """Whether a contender is right: all that it writes, against float64."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

@@ -1,7 +1,5 @@
 """``gated-delta bench``: run, plot, compare."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence

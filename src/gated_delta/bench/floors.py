@@ -1,7 +1,5 @@
 """What the hardware allows: ceilings measured in the same run, and the bytes and operations that a case needs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple

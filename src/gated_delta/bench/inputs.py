@@ -1,7 +1,5 @@
 """Random inputs for a case, in as many sets as it takes to keep them out of the caches."""
 
-from __future__ import annotations
-
 import math
 from itertools import accumulate
 from typing import Any

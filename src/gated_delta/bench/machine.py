@@ -1,7 +1,5 @@
 """What a run was made on: device, driver, versions, commit, and the clocks while it ran."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.util
 import platform

@@ -1,7 +1,5 @@
 """A kernel that reads a tensor and does as little else as it can: the ceiling of bandwidth on a GPU."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import triton

@@ -1,7 +1,5 @@
 """Rows: what was measured of one contender in one case, and CSV files of them."""
 
-from __future__ import annotations
-
 import csv
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

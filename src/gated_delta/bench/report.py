@@ -1,7 +1,5 @@
 """Rows as tables for the terminal: of one run, and of what two have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import geometric_mean
 

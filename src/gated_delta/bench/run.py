@@ -2,8 +2,6 @@
 takes it. The parent starts workers, outlives what kills or stops them, and keeps the rows that they send.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

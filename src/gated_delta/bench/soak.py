@@ -1,7 +1,5 @@
 """A long run of random calls: every operator, shape and option mixed, each checked, memory watched."""
 
-from __future__ import annotations
-
 import random
 import resource
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Time per call: on a GPU CUDA graphs over rotating sets of inputs, on a CPU plain calls; contenders in turns."""
 
-from __future__ import annotations
-
 import statistics
 import timeit
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ An ``ArgumentError`` meets what is not served: seq_idx (``gated_delta.causal_con
 (a ring), and a pool with more than W-1 columns.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

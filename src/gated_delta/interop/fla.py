@@ -7,8 +7,6 @@
 Every error is an ``ArgumentError``, which names the argument, what it is and what it must be.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

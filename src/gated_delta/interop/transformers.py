@@ -4,8 +4,6 @@ A layer's forward looks its operators up in its module when it runs, so models m
 Whatever asks for a gradient goes to Transformers' own functions.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import logging

@@ -4,8 +4,6 @@ Rows whose slot is padding are left out before anything is computed, so what the
 nothing.
 """
 
-from __future__ import annotations
-
 import sys
 
 import torch

@@ -1,7 +1,5 @@
 """The step of a layer as three operators of another backend: convolution, rule, gated norm."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Shape of the small hybrid language model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from gated_delta.config import GatedDeltaNetConfig

@@ -1,7 +1,5 @@
 """Text from the model: plain decoding, and speculation with drafts looked up in the text so far."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The small hybrid language model: byte embeddings, GDN and attention layers, a tied output projection."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

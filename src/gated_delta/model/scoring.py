@@ -1,7 +1,5 @@
 """Bits per byte of any text, decoded token by token so that every token rounds the stored state."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """A running sequence (or several in step): its slots of GDN state, its KV cache, its position."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The bundled weights: where they are and how they come in."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -5,8 +5,6 @@ same rule on the same inputs (token by token, fp32 arithmetic, rounded where a k
 dtype that it is stored in.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

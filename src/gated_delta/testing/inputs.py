@@ -1,7 +1,5 @@
 """Random inputs for every operator, and the cases that the usual tests miss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """The rule token by token around the operators' own arguments: exact in float64, plain in fp32."""
 
-from __future__ import annotations
-
 import itertools
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Every operator and the layer against float64: what ``gated-delta check`` runs, and our own tests too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

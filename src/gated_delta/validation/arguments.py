@@ -1,7 +1,5 @@
 """The tools of the room: sizes bound by name, one message per fault."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

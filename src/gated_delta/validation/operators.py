@@ -1,7 +1,5 @@
 """What each operator asks of its arguments, as far as the host can know it (docs/contract.md)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

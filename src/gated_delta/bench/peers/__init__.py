@@ -5,8 +5,6 @@ is not timed, and gives what is timed (a :class:`Bound`), or None for a case tha
 when it is called.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version

@@ -2,8 +2,6 @@
 for packed sequences, states ``[V, K]`` on request. FlashQLA's prefill and Transformers' reference have its signatures.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """FlashInfer's GDN operators, whose names and layouts ours share; gates are linear, states ``[V, K]``."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from gated_delta.bench.cases import Case

@@ -1,7 +1,5 @@
 """Our own operators, as ``backend="auto"`` serves them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The rule token by token in plain torch, in fp32 on the CPU."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """Prefill for Hopper GPUs, K = V = 128 and activations of 16 bits. Everything else is the Triton backend's."""
 
-from __future__ import annotations
-
 from gated_delta.kernels import triton
 from gated_delta.kernels.gluon.prefill import prefill as by_tiles
 from gated_delta.kernels.gluon.prefill import tileable

@@ -14,13 +14,6 @@ Chunks follow each other through these groups as through a pipe; barriers in sha
 free again. What a group writes for a chunk is written while products of the next one run.
 """
 
-# Gluon's functions have no types that a checker could follow.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
-# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false
-
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy

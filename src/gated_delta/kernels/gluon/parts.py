@@ -6,13 +6,6 @@ matrix, which gives A; ``states_before`` goes through the parts of a sequence wi
 starts from. Then all parts run at once. In fp32 where states are kept; products of states are made of tf32 thirds.
 """
 
-# Kernels have no types that a checker could follow.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
-# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false
-
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from triton.experimental import gluon

@@ -2,8 +2,6 @@
 follow from shapes alone, for CUDA graphs.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 from typing import Any, NamedTuple

@@ -19,13 +19,6 @@ chain.py has two products left.
   grid follows from shapes alone; a program whose slot is not used leaves.
 """
 
-# Gluon's functions have no types that a checker could follow.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false, reportAssignmentType=false
-# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false
-
-from __future__ import annotations
-
 from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

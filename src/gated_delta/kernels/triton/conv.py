@@ -5,8 +5,6 @@ converted once; the last W - 1 inputs stay in registers.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # Triton's static_range and growing tuples are not what they seem to be in Python.
 
-from __future__ import annotations
-
 from typing import Any
 
 import triton

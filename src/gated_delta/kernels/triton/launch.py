@@ -5,8 +5,6 @@ does it once for all calls that Triton would serve with one compiled kernel, and
 alone. It calls the compiled kernel as ``JITFunction.run`` does (unchanged from Triton 3.6 to 3.9).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -101,21 +99,12 @@ def _start(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...], device: 
     return start
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    args: Sequence[Any],
-    constants: dict[str, Any],
-    *,
-    warps: int,
-    stages: int = 1,
-    registers: int | None = None,
-) -> None:
-    """Run ``kernel`` on the current stream of the device of its first argument; arguments as for :func:`bind`."""
+def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], **options: int) -> None:
+    """Run ``kernel`` on the current stream of the device of its first argument; as :func:`bind` has it."""
     if isinstance(kernel, InterpretedFunction):
         kernel[grid](*args, **constants)
         return
-    start = bind(kernel, grid, args, constants, warps=warps, stages=stages, registers=registers)
+    start = bind(kernel, grid, args, constants, **options)
     start(*(x.data_ptr() if isinstance(x, Tensor) else x for x in args))
 
 

@@ -1,7 +1,5 @@
 """The gated norm: several rows a program, each held in registers between its sum of squares and its output."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import triton

@@ -1,7 +1,5 @@
 """Prefill on a GPU: which kernels, which tiles. Grids and memory follow from shapes alone, for CUDA graphs."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any, NamedTuple
 

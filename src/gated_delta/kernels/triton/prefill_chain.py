@@ -7,11 +7,6 @@ memory, and the left one comes straight from global memory. Everything loaded de
 loads run ahead of the products.
 """
 
-# Triton's functions have no types that a checker could follow.
-# pyright: reportGeneralTypeIssues=false
-
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -17,11 +17,6 @@ with S as [K, V], and Kt the keys decayed to the chunk's end). T, P and Kt need 
   grid follows from shapes alone; a program whose slot is not used leaves.
 """
 
-# Triton's functions have no types that a checker could follow.
-# pyright: reportGeneralTypeIssues=false
-
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -5,8 +5,6 @@ columns of one head's state, held as [K, V], in registers, small enough for one 
 token need no barrier. Loads run ahead.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

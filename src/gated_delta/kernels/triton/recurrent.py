@@ -6,8 +6,6 @@ among tiles, they sum over K in the same order, so that a row's bits do not depe
 row of the state, and ``columns`` depends on the dtype alone.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

@@ -1,7 +1,5 @@
 """What several kernels share: slots, gates, and exact products of fp32 numbers on tensor cores."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

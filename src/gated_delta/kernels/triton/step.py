@@ -21,8 +21,6 @@ v windows belong to one program alone, which reads them before the barrier and w
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

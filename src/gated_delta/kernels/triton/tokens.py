@@ -6,11 +6,6 @@ of reductions serves a token: with S the state before it,
     S_t k = alpha (S k),   u = beta (v - S_t k),   o = scale (alpha (S q) + u (k . q)),   S <- alpha S + u k^T
 """
 
-# Triton's functions have no types that a checker could follow.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
-
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -11,11 +11,6 @@ Tensor cores multiply what is stored as it is stored, and fp32 numbers as a sum 
 below fp32.
 """
 
-# Triton's functions have no types that a checker could follow.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
-
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gated_delta.bench.cases import MODELS, NO_MODEL, Case
 from gated_delta.bench.peers import OURS, version_of
@@ -81,7 +81,7 @@ def row_of(case: Case, contender: str, **measured: Any) -> Row:
     )  # fmt: skip
 
 
-_CASTS = {field.name: str(field.type).split(" ")[0] for field in fields(Row)}
+_CASTS = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(Row)}
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
@@ -111,10 +111,8 @@ def read(path: Path) -> list[Row]:
 
 
 def _value(name: str, text: str) -> Any:
-    kind = _CASTS[name]
-    if kind == "str":
-        return text
-    return {"int": int, "float": float}[kind](text) if text else None
+    kind: Any = _CASTS[name]
+    return kind(text) if text or kind is str else None
 
 
 def cases_of(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:

@@ -26,7 +26,7 @@ ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
 ALONE_US, CHUNK_US, SUMMARY_US, PART_US, SPLIT_US = 1.05, 1.72, 1.4, 3.0, 4.0
 """What a chunk takes where one group has a processor, where two have, one of a summary; a part on the way through a
-sequence; and two launches more. Measured on an H200 (docs/performance.md), but for the last two.
+sequence; and two launches more. From measurements on an H200 (docs/prefill.md).
 """
 
 

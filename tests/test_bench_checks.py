@@ -15,8 +15,9 @@ import gated_delta as gd
 from gated_delta import reference
 from gated_delta.bench import check, soak, timing
 from gated_delta.bench.cases import Case, Heads
-from gated_delta.bench.inputs import gates, make_sets, nbytes
+from gated_delta.bench.inputs import make_sets, nbytes
 from gated_delta.bench.peers import ours
+from gated_delta.testing.inputs import raw_gates
 
 CPU = torch.device("cpu")
 SMALL = Heads(2, 4, 32, 64)
@@ -35,7 +36,7 @@ def named(case: Case) -> str:
 
 
 def log_decay(kind: str) -> Tensor:
-    raw = gates(kind, 500, 8, dtype=torch.float32)
+    raw = raw_gates(kind, 500, 8)
     return reference.decay(raw["A_log"], raw["a"], raw["dt_bias"]).log()
 
 

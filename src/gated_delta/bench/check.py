@@ -9,6 +9,7 @@ from gated_delta import reference
 from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
 from gated_delta.testing import oracle
+from gated_delta.testing.budget import relative_error
 
 TOLERANCE = 1e-2
 """Largest relative error (Frobenius): inputs and some states are bf16, whose products err by a few 1e-3."""
@@ -90,10 +91,3 @@ def judge(truth: Results, results: Results) -> tuple[float | None, str]:
                 return error, f"{name}: relative error {error:.1e}, over {TOLERANCE:.0e}"
             worst = max(error, worst or 0.0)
     return worst, ""
-
-
-def relative_error(x: Tensor, expected: Tensor) -> float:
-    """``||x - expected|| / ||expected||``, on their device."""
-    if x.shape != expected.shape:
-        return float("inf")
-    return ((x.to(expected.dtype) - expected).norm() / expected.norm()).item()

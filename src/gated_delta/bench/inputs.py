@@ -1,59 +1,29 @@
 """Random inputs for a case, in as many sets as it takes to keep them out of the caches."""
 
-import math
 from itertools import accumulate
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gated_delta import reference
 from gated_delta.batch import GatedDeltaNetBatch, Row
 from gated_delta.bench.cases import MODELS, NO_MODEL, STATES, Case
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.state import StatePool
-
-Inputs = dict[str, Any]
-"""Tensors of one set by the names of our operators' arguments; ``log_alpha`` beside ``alpha`` for those who want it."""
+from gated_delta.testing.inputs import Inputs, prefill_inputs, recurrent_inputs, with_state
 
 MOST_SETS = 256
-CLOSED = -30.0
-"""A_log of a head that forgets nothing: its rate is e^-30."""
-
-
 SHARED = ("cu_seqlens", "slots", "token_slots", "weight", "batch")
 """What is the same object in all sets: peers keep what they derive from such descriptions of a batch."""
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape).to(dtype)
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape).bfloat16()
 
 
-def unwritten(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """For results: NaN, so that what nobody writes is found."""
-    return torch.full(shape, torch.nan, dtype=dtype)
-
-
-def gates(kind: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
-    """``A_log [HV]``, ``a [*shape]`` and ``dt_bias [HV]`` (HV is the last of ``shape``) of the log decay
-    ``-exp(A_log) softplus(a + dt_bias)``.
-
-    "none": no decay. "weak": -0.05 to -0.005 a token. "mix": three heads in four ``logsigmoid(N(0,1)) / 16``, the rest
-    none. "model": rates of 0.05 to 16 over the heads and a bias of -4, as trained layers spread theirs.
-    """
-    heads, a = shape[-1], torch.randn(*shape)
-    a_log, bias = torch.zeros(heads), torch.zeros(heads)
-    if kind == "model":
-        a_log, bias = torch.logspace(-1.3, 1.2, heads).log(), bias - 4.0
-    elif kind == "none":
-        a_log = a_log + CLOSED
-    elif kind == "mix":
-        a_log = torch.where(torch.arange(heads) % 4 == 3, CLOSED, -math.log(16))
-    else:
-        a = torch.expm1(torch.rand(*shape) * 0.045 + 0.005).log()  # the inverse of softplus
-    return {"A_log": a_log, "a": a.to(dtype), "dt_bias": bias}
+def unwritten(like: Tensor, *rows: int) -> Tensor:
+    """For results: NaN, so that what nobody writes is found; ``rows`` stand in the place of the first dimension."""
+    return like.new_full((*rows, *like.shape[len(rows) > 0 :]), torch.nan)
 
 
 def make_sets(case: Case, device: torch.device, cache_bytes: int) -> list[Inputs]:
@@ -80,34 +50,28 @@ def _starts(case: Case) -> Tensor:
 
 
 def _prefill(case: Case) -> Inputs:
-    (h, hv, size_k, size_v), total = case.heads, sum(case.lengths)
-    state = (len(case.lengths), hv, size_v, size_k)
-    q, k = (F.normalize(normal(total, h, size_k).float(), dim=-1).bfloat16() for _ in range(2))
-    raw = gates(case.gates, total, hv, dtype=torch.float32)
-    log_alpha = -raw["A_log"].exp() * reference.softplus(raw["a"] + raw["dt_bias"])
-    return {
-        "q": q, "k": k, "v": normal(total, hv, size_v), "alpha": log_alpha.exp(), "log_alpha": log_alpha,
-        "beta": torch.randn(total, hv).sigmoid(), "initial_state": torch.randn(*state) * size_k**-0.5,
-        "output": unwritten(total, hv, size_v), "output_state": unwritten(*state, dtype=torch.float32),
-        "cu_seqlens": _starts(case),
-    }  # fmt: skip
+    h, hv, size_k, size_v = case.heads
+    given = prefill_inputs(case.lengths, hq=h, hk=h, hv=hv, head_k=size_k, head_v=size_v, gates=case.gates, seed=None)
+    inputs = with_state(given, seed=None)
+    log_alpha = inputs.pop("g")
+    results = {"output": unwritten(inputs["v"]), "output_state": unwritten(inputs["initial_state"])}
+    return {**inputs, **results, "alpha": log_alpha.exp(), "log_alpha": log_alpha}
 
 
 def _recurrent(case: Case) -> Inputs:
-    (h, hv, size_k, size_v), rows, steps, dtype = case.heads, case.batch, case.tokens, STATES[case.state]
-    last = (size_k, size_v) if case.form == "K-major" else (size_v, size_k)
-    apart = steps + 1 if case.form == "slots" else 1  # slots of a row: the one that is read, then one a token
-    slots = torch.arange(rows * apart, dtype=torch.int32).view(rows, apart)
-    inputs = {
-        "q": normal(rows, steps, h, size_k), "k": normal(rows, steps, h, size_k), "v": normal(rows, steps, hv, size_v),
-        "b": normal(rows, steps, hv), "state": (torch.randn(rows * apart, hv, *last) * size_k**-0.5).to(dtype),
-        "output": unwritten(rows, steps, hv, size_v), "slots": slots[:, 0].contiguous(),
-        **gates(case.gates, rows, steps, hv),
-    }  # fmt: skip
-    if case.form == "slots":
-        inputs["token_slots"] = slots[:, 1:].contiguous()
+    (h, hv, size_k, size_v), rows, steps = case.heads, case.batch, case.tokens
+    inputs = recurrent_inputs(
+        rows, steps, h=h, hv=hv, head_k=size_k, head_v=size_v, state_dtype=STATES[case.state], gates=case.gates,
+        seed=None,
+    )  # fmt: skip
+    inputs |= {"output": unwritten(inputs["v"]), "slots": torch.arange(rows, dtype=torch.int32)}
+    if case.form == "K-major":
+        inputs["state"] = inputs["state"].mT.contiguous()
+    if case.form == "slots":  # behind those that are read, one a token
+        inputs["token_slots"] = torch.arange(rows, rows * (steps + 1), dtype=torch.int32).view(rows, steps)
+        inputs["state"] = torch.cat((inputs["state"], unwritten(inputs["state"], rows * steps)))
     if case.form == "snapshots":
-        inputs["snapshots"] = unwritten(rows, steps, hv, *last, dtype=dtype)
+        inputs["snapshots"] = unwritten(inputs["state"], rows, steps)
     return inputs
 
 

@@ -1,12 +1,12 @@
 """Random inputs for every operator, and the cases that the usual tests miss."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gated_delta import reference
@@ -15,28 +15,37 @@ Inputs = dict[str, Any]
 """Keyword arguments of an operator."""
 
 GATES = ("none", "weak", "mix", "model", "strong")
+CLOSED = -30.0
+"""A_log of a head that forgets nothing: its rate is e^-30."""
 
 
-def log_decay(kind: str, tokens: int, heads: int, generator: torch.Generator) -> Tensor:
-    """``[tokens, heads]`` fp32 natural logarithms of alpha.
+def raw_gates(kind: str, *shape: int, generator: torch.Generator | None = None) -> Inputs:
+    """``A_log [HV]``, ``a [*shape]`` and ``dt_bias [HV]`` (HV is the last of ``shape``) of the log decay
+    ``-exp(A_log) softplus(a + dt_bias)``, in fp32.
 
-    "none": 0. "weak": -0.05 to -0.005. "mix": three heads in four ``logsigmoid(N(0,1)) / 16``, the rest 0. "model":
-    as a freshly initialised layer makes them. "strong": -20 a token.
+    "none": no decay. "weak": -0.05 to -0.005 a token. "mix": three heads in four ``logsigmoid(N(0,1)) / 16``, the rest
+    none. "model": rates of 0.05 to 16 over the heads and a bias of -4, as trained layers spread theirs. "strong": -20.
     """
-    if kind == "none":
-        return torch.zeros(tokens, heads)
-    if kind == "weak":
-        return -torch.empty(tokens, heads).uniform_(0.005, 0.05, generator=generator)
-    if kind == "strong":
-        return torch.full((tokens, heads), -20.0)
-    noise = torch.randn(tokens, heads, generator=generator)
-    if kind == "mix":
-        return F.logsigmoid(noise) / 16 * (torch.arange(heads) % 4 != 3)
-    if kind != "model":
+    heads, a = shape[-1], torch.randn(*shape, generator=generator)
+    a_log, bias = torch.zeros(heads), torch.zeros(heads)
+    if kind == "model":
+        a_log, bias = torch.logspace(-1.3, 1.2, heads).log(), bias - 4.0
+    elif kind == "none":
+        a_log = a_log + CLOSED
+    elif kind == "mix":
+        a_log = torch.where(torch.arange(heads) % 4 == 3, CLOSED, -math.log(16))
+    elif kind == "weak":
+        a = torch.expm1(torch.rand(*shape, generator=generator) * 0.045 + 0.005).log()  # the inverse of softplus
+    elif kind == "strong":
+        a = torch.full_like(a, 20.0)
+    else:
         raise ValueError(f"gates is {kind!r}; it must be one of {', '.join(GATES)}")
-    a_log = torch.empty(heads).uniform_(1, 16, generator=generator).log()
-    dt = torch.empty(heads).uniform_(1e-3, 1e-1, generator=generator)
-    return -a_log.exp() * reference.softplus(noise + dt + torch.log(-torch.expm1(-dt)))
+    return {"A_log": a_log, "a": a, "dt_bias": bias}
+
+
+def _generator(seed: int | None) -> torch.Generator | None:
+    """None is torch's own, on whatever device tensors are made."""
+    return None if seed is None else torch.Generator().manual_seed(seed)
 
 
 def prefill_inputs(
@@ -51,19 +60,20 @@ def prefill_inputs(
     gates: str = "model",
     g_space: str = "log",
     similar_keys: bool = False,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> Inputs:
     """Arguments of ``chunk_gated_delta_rule``: normalised q and k, ``beta = sigmoid(N(0,1))``, gates as
-    :func:`log_decay` makes them. ``similar_keys`` points all keys of a head roughly the same way, which makes the
+    :func:`raw_gates` makes them. ``similar_keys`` points all keys of a head roughly the same way, which makes the
     system inside a chunk as stiff as it gets.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     total, heads = sum(lengths), max(hq, hv)
     normal = partial(torch.randn, generator=generator)
     k = normal(total, hk, head_k)
     if similar_keys:
         k = 0.2 * k + normal(1, hk, head_k)
-    g = log_decay(gates, total, heads, generator)
+    raw = raw_gates(gates, total, heads, generator=generator)
+    g = -raw["A_log"].exp() * reference.softplus(raw["a"] + raw["dt_bias"])
     return {
         "q": reference.l2norm(normal(total, hq, head_k)).to(dtype),
         "k": reference.l2norm(k).to(dtype),
@@ -75,10 +85,10 @@ def prefill_inputs(
     }
 
 
-def with_state(inputs: Inputs, *, dtype: torch.dtype = torch.float32, seed: int = 1) -> Inputs:
+def with_state(inputs: Inputs, *, dtype: torch.dtype = torch.float32, seed: int | None = 1) -> Inputs:
     """The same with a random ``initial_state`` of one state a sequence."""
     shape = (len(inputs["cu_seqlens"]) - 1, inputs["beta"].shape[1], inputs["v"].shape[-1], inputs["k"].shape[-1])
-    state = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) / shape[-1] ** 0.5
+    state = torch.randn(*shape, generator=_generator(seed)) / shape[-1] ** 0.5
     return {**inputs, "initial_state": state.to(dtype)}
 
 
@@ -92,19 +102,19 @@ def recurrent_inputs(
     head_v: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     state_dtype: torch.dtype = torch.float32,
-    seed: int = 0,
+    gates: str = "model",
+    seed: int | None = 0,
 ) -> Inputs:
     """Arguments of the decode operators with raw gates; ``state`` is ``[B, HV, V, K]``."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     normal = partial(torch.randn, generator=generator)
     return {
         "q": normal(batch, tokens, h, head_k).to(dtype),
         "k": normal(batch, tokens, h, head_k).to(dtype),
         "v": normal(batch, tokens, hv, head_v).to(dtype),
         "state": (normal(batch, hv, head_v, head_k) / head_k**0.5).to(state_dtype),
-        "A_log": torch.logspace(-1.3, 1.2, hv).log(),
-        "a": normal(batch, tokens, hv).to(dtype),
-        "dt_bias": torch.full((hv,), -4.0),
+        **(raw := raw_gates(gates, batch, tokens, hv, generator=generator)),
+        "a": raw["a"].to(dtype),
         "b": normal(batch, tokens, hv).to(dtype),
     }
 

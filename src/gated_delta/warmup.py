@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from tempfile import TemporaryFile
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,37 +109,27 @@ def warmup(
 
 
 def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> None:
-    """Run every case in one of ``count`` processes."""
+    """Run every case in one of ``count`` processes, for each of which a thread waits."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", "from gated_delta.warmup import _worker; _worker()"]
-    given = pickle.dumps(shapes).hex()
-    running: list[tuple[subprocess.Popen[str], IO[str]]] = []
-    with ExitStack() as stack:
-        for i in range(count):
-            # A file, which a process can fill while nobody reads it; a pipe would stop it.
-            said = stack.enter_context(TemporaryFile("w+"))
-            process = subprocess.Popen(
-                [*command, given, str(i), str(count)], env=environment, text=True, stdout=subprocess.PIPE,
-                stderr=said,
-            )  # fmt: skip
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            running.append((process, said))
-        for process, said in running:
-            assert process.stdout is not None
-            for _ in process.stdout:
-                advance()
-            if process.wait():
-                said.seek(0)
-                raise WarmupError(f"warmup: a worker process failed: {said.read().strip()[-2000:]}")
+    command = [sys.executable, "-c", "from gated_delta.warmup import _worker; _worker()", pickle.dumps(shapes).hex()]
+
+    def run_share(first: int) -> None:
+        share = [*command, str(first), str(count)]
+        done = subprocess.run(share, env=environment, text=True, capture_output=True, check=False)
+        if done.returncode:
+            raise WarmupError(f"warmup: a worker process failed: {done.stderr.strip()[-2000:]}")
+        for _ in _cases(shapes)[first::count]:
+            advance()
+
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(run_share, range(count)))
 
 
 def _worker() -> None:
-    """The share of one process: every n-th case. Says a line after each."""
+    """The share of one process: every n-th case."""
     shapes, first, step = pickle.loads(bytes.fromhex(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
     for case in _cases(shapes)[first::step]:
         case()
-        print("done", flush=True)
 
 
 @contextmanager
@@ -167,33 +157,23 @@ def _cases(s: _Shapes) -> list[Callable[[], object]]:
     ]
     for given in (True, False):
         if s.num_spec:
-            forms = ({}, {"update": True}, {"slots": True}, {"snapshots": True})
-            cases += [partial(_recurrent, s, s.num_spec + 1, given, **form) for form in forms]
-        for form in ({}, {"pooled": False}, {"pooled": False, "v_first": False}):
-            cases.append(partial(_recurrent, s, 1, given, update=True, **form))
+            kept = ("outputs", "final", "slots", "snapshots")
+            cases += [partial(_recurrent, s, s.num_spec + 1, given, "pool", form) for form in kept]
+        for form in (("pool",), (), ("K-major",)):
+            cases.append(partial(_recurrent, s, 1, given, "final", *form))
     return [*cases, partial(_around, s)]
 
 
-def _recurrent(
-    s: _Shapes,
-    steps: int,
-    given: bool,
-    *,
-    pooled: bool = True,
-    v_first: bool = True,
-    update: bool = False,
-    slots: bool = False,
-    snapshots: bool = False,
-) -> None:
-    """Decode or several tokens at every size of batch, into a given output or one that is allocated.
+def _recurrent(s: _Shapes, steps: int, given: bool, *form: str) -> None:
+    """Decode or several tokens at every size of batch, into a given output or one that is allocated. ``form``: states
+    in a "pool", "K-major" ones, and what is kept.
 
     All rows share one state, which the operators would refuse and nobody reads: the memory for more may be taken.
     """
-    c = s.config
-    backend = dispatch.choose(
-        dispatch.Request("gated_delta_rule_mtp", torch.device(s.device).type, s.dtype, c.head_k_dim, c.head_v_dim),
-        "auto",
-    )
+    c, pooled, v_first = s.config, "pool" in form, "K-major" not in form
+    device = torch.device(s.device).type
+    request = dispatch.Request("gated_delta_rule_mtp", device, s.dtype, c.head_k_dim, c.head_v_dim)
+    backend = dispatch.choose(request, "auto")
     last = (c.head_v_dim, c.head_k_dim) if v_first else (c.head_k_dim, c.head_v_dim)
     state = s.empty(1, c.num_v_heads, *last, dtype=s.state_dtype)
     per_head = s.empty(c.num_v_heads, dtype=torch.float32)
@@ -202,8 +182,10 @@ def _recurrent(
         gates, index = s.empty(rows, steps, c.num_v_heads), torch.zeros(rows, steps, dtype=torch.int32, device=s.device)
         library.recurrent(
             q, q, v, state.expand(rows, -1, -1, -1), v_first, per_head, gates, per_head, gates, 1.0, True,
-            c.allow_neg_eigval, index[:, 0] if pooled else None, -1, update, None, index if slots else None,
-            state[None].expand(rows, steps, -1, -1, -1) if snapshots else None, torch.empty_like(v), not given, backend,
+            c.allow_neg_eigval, index[:, 0] if pooled else None, -1, "final" in form, None,
+            index if "slots" in form else None,
+            state[None].expand(rows, steps, -1, -1, -1) if "snapshots" in form else None, torch.empty_like(v),
+            not given, backend,
         )  # fmt: skip
 
 

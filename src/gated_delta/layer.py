@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -239,61 +239,43 @@ class GatedDeltaNetAttention(nn.Module):
 
     def _plain_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         """Decodes, then prefills, each with the operator made for it; ``output`` is ``[tokens, HV, V]``."""
-        assert batch.non_spec_query_start_loc is not None and batch.non_spec_state_indices is not None
-        decodes, slots = batch.num_decodes, batch.non_spec_state_indices
-        if decodes:
-            own = slice(0, decodes)
-            self._step(p.of(own), state, output[own], slots[own])
+        assert batch.non_spec_state_indices is not None
+        decodes, rest = slice(0, batch.num_decodes), slice(batch.num_decodes, None)
+        if batch.num_decodes:
+            self._step(p.of(decodes), state, output[decodes], state_indices=batch.non_spec_state_indices[decodes])
         if batch.num_prefills:
-            rest = slice(decodes, None)
-            starts = batch.non_spec_query_start_loc[rest] - decodes
-            fresh = None if batch.has_initial_state is None else batch.has_initial_state[rest]
-            self._prefill(p.of(rest), starts, slots[rest], fresh, state, output[rest])
+            self._prefill(p.of(rest), batch, state, output[rest])
 
     def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         """Speculative rows, ragged and packed."""
-        assert batch.spec_state_indices is not None
-        starts, accepted = batch.spec_query_start_loc, batch.num_accepted_tokens
-        self._step(p, state, output, batch.spec_state_indices, starts, accepted)
+        self._step(
+            p, state, output, state_indices=batch.spec_state_indices, cu_seqlens=batch.spec_query_start_loc,
+            num_accepted_tokens=batch.num_accepted_tokens,
+        )  # fmt: skip
 
-    def _step(
-        self,
-        p: Projected,
-        state: LayerState,
-        output: Tensor,
-        slots: Tensor,
-        starts: Tensor | None = None,
-        accepted: Tensor | None = None,
-    ) -> None:
+    def _step(self, p: Projected, state: LayerState, output: Tensor, **rows: Any) -> None:
         c = self.config
         gated_delta_net_step(
             *p.heads, state.conv, self.conv1d.weight[:, 0], state.recurrent, self.A_log, self.dt_bias,
-            self.norm.weight, eps=c.norm_eps, state_indices=slots, cu_seqlens=starts, num_accepted_tokens=accepted,
-            activation=c.output_gate, allow_neg_eigval=c.allow_neg_eigval, tickets=state.tickets,
-            null_slot=state.null_slot, output=output,
+            self.norm.weight, eps=c.norm_eps, activation=c.output_gate, allow_neg_eigval=c.allow_neg_eigval,
+            tickets=state.tickets, null_slot=state.null_slot, output=output, **rows,
         )  # fmt: skip
 
-    def _prefill(
-        self,
-        p: Projected,
-        starts: Tensor,
-        slots: Tensor,
-        has_initial_state: Tensor | None,
-        state: LayerState,
-        output: Tensor,
-    ) -> None:
-        c, heads = self.config, p.heads
-        x = causal_conv1d(
-            p.qkv, self.conv1d.weight[:, 0], conv_states=state.conv, cu_seqlens=starts, state_indices=slots,
-            has_initial_state=has_initial_state, null_slot=state.null_slot,
-        )  # fmt: skip
+    def _prefill(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
+        assert batch.non_spec_query_start_loc is not None and batch.non_spec_state_indices is not None
+        c, heads, own = self.config, p.heads, slice(batch.num_decodes, None)
+        rows: dict[str, Any] = {
+            "cu_seqlens": batch.non_spec_query_start_loc[own] - batch.num_decodes,
+            "state_indices": batch.non_spec_state_indices[own],
+            "has_initial_state": None if batch.has_initial_state is None else batch.has_initial_state[own],
+            "null_slot": state.null_slot,
+        }
+        x = causal_conv1d(p.qkv, self.conv1d.weight[:, 0], conv_states=state.conv, **rows)
         core = chunk_gated_delta_rule(
             *self.split_heads(x),
             reference.decay(self.A_log, heads.a.flatten(1), self.dt_bias),
             reference.write_strength(heads.b.flatten(1), allow_neg_eigval=c.allow_neg_eigval),
-            initial_state=state.recurrent, output_state=state.recurrent, cu_seqlens=starts,
-            use_qk_l2norm_in_kernel=True, state_indices=slots, has_initial_state=has_initial_state,
-            null_slot=state.null_slot,
+            initial_state=state.recurrent, output_state=state.recurrent, use_qk_l2norm_in_kernel=True, **rows,
         )  # fmt: skip
         assert isinstance(core, Tensor)
         rms_norm_gated(core, heads.z.flatten(1, 2), self.norm.weight, c.norm_eps, c.output_gate, output=output)

@@ -10,33 +10,6 @@ def slot_number(null_slot: int | None) -> int:
     return -1 if null_slot is None else null_slot
 
 
-class PrefillCall(NamedTuple):
-    """Arguments of ``chunk_gated_delta_rule``, by their public names."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor | None
-    beta: Tensor | None
-    scale: float | None
-    initial_state: Tensor | None
-    output_final_state: bool
-    cu_seqlens: Tensor | None
-    use_qk_l2norm_in_kernel: bool
-    output: Tensor | None
-    output_state: Tensor | None
-    state_checkpoints: Tensor | None
-    checkpoint_cu_starts: Tensor | None
-    checkpoint_every_n_tokens: int
-    g_space: str
-    state_indices: Tensor | None
-    has_initial_state: Tensor | None
-    max_seqlen: int | None
-    deterministic: str | None
-    null_slot: int | None
-    backend: str
-
-
 class RecurrentCall(NamedTuple):
     """Arguments of the decode operators and of several tokens, by one set of names: options, then tensors."""
 

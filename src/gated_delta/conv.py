@@ -1,5 +1,7 @@
 """Causal depthwise convolution with carried state: packed prefill, and the update for decode and speculation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,20 +45,11 @@ def causal_conv1d(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    args = operators.conv(
-        "causal_conv1d", x, weight, bias, conv_states, cu_seqlens, state_indices, activation, null_slot,
-        has_initial_state=has_initial_state,
+    call = library.given(
+        library.CausalConv1d, x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state,
+        activation is not None, null_slot, None,
     )  # fmt: skip
-    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
-    if data.is_checked():
-        data.cu_seqlens(args.where, cu_seqlens, x.shape[0])
-        data.written_slots(args.where, "state_indices", state_indices, conv_states, null_slot)
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    library.causal_conv1d(
-        x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation is not None,
-        slot_number(null_slot), output, backend,
-    )  # fmt: skip
-    return output
+    return _run(library.causal_conv1d, call, activation, backend)
 
 
 def causal_conv1d_update(
@@ -92,22 +85,21 @@ def causal_conv1d_update(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    args = operators.conv(
-        "causal_conv1d_update", x, weight, bias, conv_states, cu_seqlens, state_indices, activation, null_slot,
-        num_accepted_tokens=num_accepted_tokens,
+    call = library.given(
+        library.CausalConv1dUpdate, x, conv_states, weight, bias, activation is not None, state_indices,
+        num_accepted_tokens, cu_seqlens, null_slot, None,
     )  # fmt: skip
-    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
+    return _run(library.causal_conv1d_update, call, activation, backend)
+
+
+def _run(
+    operator: Any, call: library.CausalConv1d | library.CausalConv1dUpdate, activation: str | None, backend: str
+) -> Tensor:
+    """What both do with their arguments, as they came in."""
+    args = operators.conv(call, activation)
+    backend = dispatch.choose(dispatch.Request(args.where, call.x.device.type, call.x.dtype, 0, 0), backend)
     if data.is_checked():
-        lengths = None if cu_seqlens is None else cu_seqlens.diff()
-        if cu_seqlens is not None:
-            data.cu_seqlens(args.where, cu_seqlens, x.shape[0])
-        data.written_slots(args.where, "state_indices", state_indices, conv_states, null_slot)
-        data.accepted(
-            args.where, num_accepted_tokens, lengths, conv_states.shape[-1], weight.shape[1], state_indices, null_slot
-        )
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    library.causal_conv1d_update(
-        x, conv_states, weight, bias, activation is not None, state_indices, num_accepted_tokens, cu_seqlens,
-        slot_number(null_slot), output, backend,
-    )  # fmt: skip
+        data.conv(args.where, call)
+    output = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    operator(*call._replace(null_slot=slot_number(call.null_slot), output=output), backend)
     return output

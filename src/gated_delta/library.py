@@ -8,7 +8,7 @@ compiler sees every mutation. Implementations are imported when they first run: 
 
 from functools import cache
 from importlib import import_module
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -145,6 +145,14 @@ class GatedDeltaNetStep(NamedTuple):
     tickets: Written | None
     null_slot: int
     output: Written
+
+
+T = TypeVar("T")
+
+
+def given(record: type[T], *args: Any) -> T:
+    """A record of arguments as they came in: until a call has been judged, anything may be anywhere."""
+    return record(*args)
 
 
 @cache

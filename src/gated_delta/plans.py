@@ -46,15 +46,18 @@ def _keep(plans: Plans, key: tuple[Any, ...], tensors: Sequence[Tensor], launch:
     plans[key] = [*plans.get(key, [])[1 - MOST_ALIKE :], Plan(guards, len(tensors), launch)]
 
 
-def judged(options: tuple[Any, ...], tensors: Sequence[Tensor | None], judge: Callable[[], Any]) -> Any:
-    """What ``judge`` says of a call; for one like an earlier one, what it said then. Errors are not kept."""
-    given = [x for x in tensors if x is not None]
+def judged(call: Sequence[Any], judge: Callable[[], Any]) -> Any:
+    """What ``judge`` says of a call, of which q is the first argument; for one like an earlier one, what it said then.
+    Errors are not kept.
+    """
+    given = [x for x in call if isinstance(x, Tensor)]
     if TensorGuards is None or _is_watched() or not all(type(x) in (Tensor, torch.nn.Parameter) for x in given):
         return judge()
-    key = (options, *map(type, options), len(given[0]), *(x is None for x in tensors), torch.is_grad_enabled())
     try:
+        options = (None if isinstance(x, Tensor) else x for x in call)
+        key = (len(call[0]), *options, *map(type, call), torch.is_grad_enabled())
         alike = _JUDGED.get(key, [])
-    except TypeError:  # no hashable option: judging it will say so
+    except TypeError:  # no tensor, or no hashable option: judging it will say so
         return judge()
     for plan in alike:
         if plan.guards.check(*given):

@@ -1,10 +1,12 @@
 """Chunked prefill: many tokens of many sequences at once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gated_delta import dispatch, library, reference
-from gated_delta.calls import PrefillCall, slot_number
+from gated_delta.calls import slot_number
 from gated_delta.validation import data, operators
 
 
@@ -61,42 +63,44 @@ def chunk_gated_delta_rule(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = PrefillCall(
-        q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, output,
-        output_state, state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens, g_space, state_indices,
-        has_initial_state, max_seqlen, deterministic, null_slot, backend,
+    call = library.given(
+        library.Prefill, q, k, v, g, beta, scale, cu_seqlens, initial_state, has_initial_state, state_indices,
+        null_slot, False, use_qk_l2norm_in_kernel, g_space == "log", output, output is None, output_state,
+        state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens, deterministic is not None,
     )  # fmt: skip
-    return _run(call)
+    return _run(call, output_final_state, max_seqlen, backend, g_space=g_space, deterministic=deterministic)
 
 
-def _run(call: PrefillCall) -> Tensor | tuple[Tensor, Tensor]:
-    args = operators.prefill(call)
+def _run(
+    call: library.Prefill, wants_state: bool, max_seqlen: int | None, backend: str, **words: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    args = operators.prefill(call, wants_state, max_seqlen, **words)
     q, sizes = call.q, args.sizes
-    request = dispatch.Request(args.where, q.device.type, q.dtype, sizes["K"], sizes["V"])
-    backend = dispatch.choose(request, call.backend)
-    if data.is_checked():
-        data.prefill(call)
-    output = q.new_empty(sizes["L"], sizes["HS"], sizes["V"]) if call.output is None else call.output
-    final = _final_state(call, sizes)
+    backend = dispatch.choose(dispatch.Request(args.where, q.device.type, q.dtype, sizes["K"], sizes["V"]), backend)
+    final = _final_state(call, sizes) if wants_state else call.final_state
     in_place = final is not None and final is call.initial_state
-    library.prefill(
-        q, call.k, call.v, call.g, call.beta, reference.resolve_scale(call.scale, sizes["K"]), call.cu_seqlens,
-        None if in_place else call.initial_state, call.has_initial_state, call.state_indices,
-        slot_number(call.null_slot), in_place, call.use_qk_l2norm_in_kernel,
-        call.g_space == "log", output, call.output is None, final, call.state_checkpoints, call.checkpoint_cu_starts,
-        call.checkpoint_every_n_tokens, call.deterministic is not None, backend,
-    )  # fmt: skip
-    if not call.output_final_state:
-        return output
+    call = call._replace(
+        scale=reference.resolve_scale(call.scale, sizes["K"]),
+        initial_state=None if in_place else call.initial_state,
+        null_slot=slot_number(call.null_slot),
+        in_place=in_place,
+        output=q.new_empty(sizes["L"], sizes["HS"], sizes["V"]) if call.zero_padding else call.output,
+        final_state=final,
+    )
+    if data.is_checked():
+        data.prefill(call, max_seqlen)
+    library.prefill(*call, backend)
+    if not wants_state:
+        return call.output
     assert final is not None
-    return output, final
+    return call.output, final
 
 
-def _final_state(call: PrefillCall, sizes: dict[str, int]) -> Tensor | None:
-    """Where the final states go, if anywhere."""
-    if call.output_state is not None or not call.output_final_state:
-        return call.output_state
-    if call.state_indices is not None:
+def _final_state(call: library.Prefill, sizes: dict[str, int]) -> Tensor:
+    """Where the final states go."""
+    if call.final_state is not None:
+        return call.final_state
+    if call.state_indices is not None and call.initial_state is not None:
         return call.initial_state
     dtype = torch.float32 if call.initial_state is None else call.initial_state.dtype
     return call.q.new_empty(sizes["N"], sizes["HS"], sizes["V"], sizes["K"], dtype=dtype)

@@ -1,7 +1,5 @@
 """A decode step of a layer: everything between its input projections and its output projection."""
 
-from typing import Any
-
 from torch import Tensor
 
 from gated_delta import dispatch, library, plans, reference
@@ -47,26 +45,24 @@ def gated_delta_net_step(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    tensors = (
-        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, state_indices, cu_seqlens,
-        num_accepted_tokens, tickets, output,
+    call = library.given(
+        library.GatedDeltaNetStep, q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight,
+        scale, eps, activation, allow_neg_eigval, state_indices, cu_seqlens, num_accepted_tokens, tickets, null_slot,
+        output,
     )  # fmt: skip
-    options = (eps, activation, scale, allow_neg_eigval, null_slot, backend)
-    backend = plans.judged(options, tensors, lambda: _judge(tensors, *options))
+    backend = plans.judged((*call, backend), lambda: _judge(call, backend))
     if data.is_checked():
-        data.step(state, conv_states, conv_weight, state_indices, cu_seqlens, num_accepted_tokens, null_slot, len(q))
+        data.step(call)
     if output is None:
         output = q.new_empty(len(v), v.shape[1] * v.shape[2], v.shape[3])
-    library.gated_delta_net_step(
-        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight,
-        reference.resolve_scale(scale, q.shape[-1]), float(eps), activation, allow_neg_eigval, state_indices,
-        cu_seqlens, num_accepted_tokens, tickets, slot_number(null_slot), output, backend,
-    )  # fmt: skip
+    scale, null_slot = reference.resolve_scale(scale, q.shape[-1]), slot_number(null_slot)
+    call = call._replace(scale=scale, eps=float(eps), null_slot=null_slot, output=output)
+    library.gated_delta_net_step(*call, backend)
     return output
 
 
-def _judge(tensors: tuple[Any, ...], *options: Any) -> str:
+def _judge(call: library.GatedDeltaNetStep, backend: str) -> str:
     """The backend that serves the call."""
-    args, q = operators.step(tensors, *options[:-1]), tensors[0]
-    request = dispatch.Request(args.where, q.device.type, q.dtype, args.sizes["K"], args.sizes["V"])
-    return dispatch.choose(request, options[-1])
+    args = operators.step(call)
+    request = dispatch.Request(args.where, call.q.device.type, call.q.dtype, args.sizes["K"], args.sizes["V"])
+    return dispatch.choose(request, backend)

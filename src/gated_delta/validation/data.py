@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gated_delta.calls import PrefillCall, RecurrentCall, slot_number
+from gated_delta.calls import RecurrentCall, slot_number
 from gated_delta.errors import DataError
+from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill
 
 if TYPE_CHECKING:
     from gated_delta.batch import GatedDeltaNetBatch
@@ -42,22 +43,17 @@ def is_checked() -> bool:
     return not torch.compiler.is_compiling() and CHECKED.get()
 
 
-def prefill(call: PrefillCall) -> None:
+def prefill(call: Prefill, max_seqlen: int | None) -> None:
     """``chunk_gated_delta_rule``."""
-    where = "chunk_gated_delta_rule"
-    assert call.cu_seqlens is not None
-    cu_seqlens(where, call.cu_seqlens, call.q.shape[0], call.max_seqlen)
-    last = int(call.cu_seqlens[-1])  # what stands behind it is padding
-    gates(
-        where, None if call.g is None else call.g[:last], call.g_space, None if call.beta is None else call.beta[:last]
-    )
-    slots(where, "state_indices", call.state_indices, call.initial_state, call.null_slot)
-    if call.output_final_state or call.output_state is not None:
-        pool = call.initial_state if call.output_state is None else call.output_state
-        written_slots(where, "state_indices", call.state_indices, pool, call.null_slot)
-    if call.state_checkpoints is not None and call.checkpoint_cu_starts is not None:
-        rows = call.state_checkpoints.shape[0]
-        checkpoint_rows(where, call.checkpoint_cu_starts, call.cu_seqlens, call.checkpoint_every_n_tokens, rows)
+    where, last = "chunk_gated_delta_rule", int(call.cu_seqlens[-1])  # what stands behind it is padding
+    cu_seqlens(where, call.cu_seqlens, call.q.shape[0], max_seqlen)
+    g, beta = (None if x is None else x[:last] for x in (call.g, call.beta))
+    gates(where, g, "log" if call.log_gates else "linear", beta)
+    slots(where, "state_indices", call.state_indices, call.source, call.null_slot)
+    written_slots(where, "state_indices", call.state_indices, call.final_state, call.null_slot)
+    if call.checkpoints is not None and call.checkpoint_starts is not None:
+        rows = call.checkpoints.shape[0]
+        checkpoint_rows(where, call.checkpoint_starts, call.cu_seqlens, call.checkpoint_every, rows)
 
 
 def recurrent(call: RecurrentCall) -> None:
@@ -123,7 +119,7 @@ def slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, nu
 def written_slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int | None) -> None:
     """Slots to write: in range, and none named twice (two rows that write one slot race)."""
     slots(where, name, indices, pool, null_slot)
-    if indices is None:
+    if indices is None or pool is None:
         return
     live = indices[(indices >= 0) & (indices != slot_number(null_slot))].flatten()
     values, counts = live.unique(return_counts=True)
@@ -145,17 +141,22 @@ def gates(where: str, g: Tensor | None, g_space: str, beta: Tensor | None) -> No
         raise DataError(where, "beta", "not finite somewhere", "finite")
 
 
-def step(
-    state: Tensor, conv_states: Tensor, conv_weight: Tensor, state_indices: Tensor, starts: Tensor | None,
-    counts: Tensor | None, null_slot: int | None, tokens: int,
-) -> None:  # fmt: skip
+def conv(where: str, call: CausalConv1d | CausalConv1dUpdate) -> None:
+    """``causal_conv1d`` and ``causal_conv1d_update``."""
+    if call.cu_seqlens is not None:
+        cu_seqlens(where, call.cu_seqlens, call.x.shape[0])
+    written_slots(where, "state_indices", call.state_indices, call.conv_states, call.null_slot)
+    if isinstance(call, CausalConv1dUpdate):
+        accepted(where, call, call.conv_states.shape[-1], call.weight.shape[1], call.state_indices)
+
+
+def step(call: GatedDeltaNetStep) -> None:
     """``gated_delta_net_step``."""
-    where, width = "gated_delta_net_step", conv_weight.shape[1]
-    written_slots(where, "state_indices", state_indices, state, null_slot)
-    if starts is not None:
-        cu_seqlens(where, starts, tokens)
-        most = min(conv_states.shape[-1], width + state_indices.shape[1] - 2)
-        accepted(where, counts, starts.diff(), most, width, state_indices[:, 0], null_slot)
+    where, width, indices = "gated_delta_net_step", call.conv_weight.shape[1], call.state_indices
+    written_slots(where, "state_indices", indices, call.state, call.null_slot)
+    if call.cu_seqlens is not None:
+        cu_seqlens(where, call.cu_seqlens, len(call.q))
+        accepted(where, call, min(call.conv_states.shape[-1], width + indices.shape[1] - 2), width, indices[:, 0])
 
 
 def batch_slots(batch: GatedDeltaNetBatch, state: LayerState) -> None:
@@ -183,20 +184,15 @@ def checkpoint_rows(where: str, starts: Tensor, sequence_starts: Tensor, every: 
 
 
 def accepted(
-    where: str,
-    counts: Tensor | None,
-    lengths: Tensor | None,
-    columns: int,
-    width: int,
-    state_indices: Tensor | None,
-    null_slot: int | None,
+    where: str, call: CausalConv1dUpdate | GatedDeltaNetStep, columns: int, width: int, state_indices: Tensor | None
 ) -> None:
     """``num_accepted_tokens`` and ragged lengths against the columns of a speculative convolution window."""
+    counts, lengths = call.num_accepted_tokens, None if call.cu_seqlens is None else call.cu_seqlens.diff()
     if counts is None:
         return
     most = columns - width + 2
     if state_indices is not None:
-        live = (state_indices >= 0) & (state_indices != slot_number(null_slot))
+        live = (state_indices >= 0) & (state_indices != slot_number(call.null_slot))
         counts, lengths = counts[live], None if lengths is None else lengths[live]
     if counts.numel():
         low, high = int(counts.min()), int(counts.max())

@@ -1,12 +1,11 @@
 """What each operator asks of its arguments, as far as the host can know it (docs/contract.md)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gated_delta.calls import PrefillCall, RecurrentCall
+from gated_delta.calls import RecurrentCall
 from gated_delta.errors import OptionError, ShapeError
+from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill
 from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
 
 CHECKPOINT_MULTIPLE = 64
@@ -14,8 +13,10 @@ _F32 = (torch.float32,)
 _G_SPACE = '"linear" (g is the forget gate alpha itself, in [0, 1]) or "log" (g is its natural logarithm, at most 0)'
 
 
-def prefill(call: PrefillCall) -> Arguments:
-    """``chunk_gated_delta_rule``."""
+def prefill(
+    call: Prefill, output_final_state: bool, max_seqlen: int | None, g_space: str, deterministic: str | None
+) -> Arguments:
+    """``chunk_gated_delta_rule``, by its arguments as they came in: what was left out is None."""
     args = Arguments("chunk_gated_delta_rule")
     _qkv(args, call.q, call.k, call.v, "L HQ K", "L HK K", "L HV V")
     _prefill_heads(args)
@@ -23,44 +24,44 @@ def prefill(call: PrefillCall) -> Arguments:
     args.optional("beta", call.beta, "L HS", _F32)
     args.tensor("cu_seqlens", call.cu_seqlens, "N+1", INDICES, any_stride=True)
     args.optional("output", call.output, "L HS V", FLOATS, written=True)
-    args.flag("output_final_state", call.output_final_state)
-    args.flag("use_qk_l2norm_in_kernel", call.use_qk_l2norm_in_kernel)
+    args.flag("output_final_state", output_final_state)
+    args.flag("use_qk_l2norm_in_kernel", call.use_qk_l2norm)
     args.scale(call.scale)
-    args.word("g_space", call.g_space, ("linear", "log"), _G_SPACE)
-    args.word("deterministic", call.deterministic, (None, "batch_invariant"))
-    if call.max_seqlen is not None:
-        args.whole("max_seqlen", call.max_seqlen, least=0)
+    args.word("g_space", g_space, ("linear", "log"), _G_SPACE)
+    args.word("deterministic", deterministic, (None, "batch_invariant"))
+    if max_seqlen is not None:
+        args.whole("max_seqlen", max_seqlen, least=0)
     _prefill_states(args, call)
     _checkpoints(args, call)
     return args
 
 
-def _prefill_states(args: Arguments, call: PrefillCall) -> None:
+def _prefill_states(args: Arguments, call: Prefill) -> None:
     pooled = call.state_indices is not None
     rows = "P" if pooled else "N"
     args.optional("state_indices", call.state_indices, "N", INDICES, any_stride=True)
     args.optional("initial_state", call.initial_state, f"{rows} HS V K", FLOATS)
-    args.optional("output_state", call.output_state, f"{rows} HS V K", FLOATS, written=True)
+    args.optional("output_state", call.final_state, f"{rows} HS V K", FLOATS, written=True)
     args.optional("has_initial_state", call.has_initial_state, "N", (torch.bool,), any_stride=True)
     if pooled:
-        pool = call.initial_state is not None or call.output_state is not None
+        pool = call.initial_state is not None or call.final_state is not None
         args.needed("initial_state", pool, "state_indices needs a pool")
     if call.has_initial_state is not None:
         args.needed("initial_state", call.initial_state is not None, "has_initial_state says which of its rows count")
     _null_slot(args, call.null_slot, pooled, "state_indices")
 
 
-def _checkpoints(args: Arguments, call: PrefillCall) -> None:
+def _checkpoints(args: Arguments, call: Prefill) -> None:
     """All three arguments or none."""
-    every = call.checkpoint_every_n_tokens
+    every = call.checkpoint_every
     args.whole("checkpoint_every_n_tokens", every, least=0)
     if every % CHECKPOINT_MULTIPLE:
         raise OptionError(args.where, "checkpoint_every_n_tokens", every, f"a multiple of {CHECKPOINT_MULTIPLE}")
-    for name in ("state_checkpoints", "checkpoint_cu_starts"):
-        judge = args.needed if every else args.excluded
-        judge(name, getattr(call, name) is not None, f"checkpoint_every_n_tokens is {every}")
-    args.optional("state_checkpoints", call.state_checkpoints, "* HS V K", FLOATS, written=True)
-    args.optional("checkpoint_cu_starts", call.checkpoint_cu_starts, "N+1", INDICES, any_stride=True)
+    judge = args.needed if every else args.excluded
+    for name, value in (("state_checkpoints", call.checkpoints), ("checkpoint_cu_starts", call.checkpoint_starts)):
+        judge(name, value is not None, f"checkpoint_every_n_tokens is {every}")
+    args.optional("state_checkpoints", call.checkpoints, "* HS V K", FLOATS, written=True)
+    args.optional("checkpoint_cu_starts", call.checkpoint_starts, "N+1", INDICES, any_stride=True)
 
 
 def recurrent(call: RecurrentCall, *, state_name: str = "state", single: bool = False) -> Arguments:
@@ -133,23 +134,23 @@ def _write_back(args: Arguments, call: RecurrentCall, layout: str) -> None:
         raise OptionError(args.where, "disable_state_update", True, "False with ssm_state_indices, which write states")
 
 
-def conv(
-    where: str, x: Tensor, weight: Tensor, bias: Tensor | None, conv_states: Tensor | None, cu_seqlens: Tensor | None,
-    state_indices: Tensor | None, activation: str | None, null_slot: int | None, *,
-    has_initial_state: Tensor | None = None, num_accepted_tokens: Tensor | None = None,
-) -> Arguments:  # fmt: skip
+def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arguments:
     """``causal_conv1d`` and ``causal_conv1d_update``."""
-    args, update = Arguments(where), where == "causal_conv1d_update"
-    if update and cu_seqlens is None:
+    update = isinstance(call, CausalConv1dUpdate)
+    where = "causal_conv1d_update" if update else "causal_conv1d"
+    args, x, conv_states, state_indices = Arguments(where), call.x, call.conv_states, call.state_indices
+    has_initial_state = None if update else call.has_initial_state
+    num_accepted_tokens = call.num_accepted_tokens if update else None
+    if update and call.cu_seqlens is None:
         args.tensor("x", x, "N T D" if isinstance(x, Tensor) and x.dim() == 3 else "N D", FLOATS)
     else:
         args.tensor("x", x, "L D", FLOATS)
-        args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
+        args.tensor("cu_seqlens", call.cu_seqlens, "N+1", INDICES, any_stride=True)
     if update:
         args.needed("conv_states", conv_states is not None, "an update reads and writes it")
-    _conv_weight(args, "weight", weight)
+    _conv_weight(args, "weight", call.weight)
     width = args.sizes["W"]
-    args.optional("bias", bias, "D", FLOATS)
+    args.optional("bias", call.bias, "D", FLOATS)
     rows = "N" if state_indices is None else "P"
     args.optional("conv_states", conv_states, f"{rows} D *", FLOATS, any_stride=True, written=True)
     columns = width - 1 if conv_states is None else conv_states.shape[-1]
@@ -158,14 +159,14 @@ def conv(
         raise ShapeError(where, "conv_states", f"of {columns} columns", must)
     args.optional("state_indices", state_indices, "N", INDICES, any_stride=True)
     args.word("activation", activation, ("silu", "swish", None))
-    _null_slot(args, null_slot, state_indices is not None, "state_indices")
+    _null_slot(args, call.null_slot, state_indices is not None, "state_indices")
     args.optional("has_initial_state", has_initial_state, "N", (torch.bool,), any_stride=True)
     for name, value in (("state_indices", state_indices), ("has_initial_state", has_initial_state)):
         if value is not None:
             args.needed("conv_states", conv_states is not None, f"{name} speaks of its rows")
     args.optional("num_accepted_tokens", num_accepted_tokens, "N", INDICES, any_stride=True)
     most = columns - width + 2
-    if num_accepted_tokens is not None and cu_seqlens is None and args.sizes.get("T", 1) > most:
+    if num_accepted_tokens is not None and call.cu_seqlens is None and args.sizes.get("T", 1) > most:
         must = f"at most {most} (conv_states keeps {columns} columns for a width of {width})"
         raise OptionError(where, "the number of tokens T", args.sizes["T"], must)
     return args
@@ -185,55 +186,50 @@ def norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, outp
     return args
 
 
-def step(
-    tensors: tuple[Any, ...], eps: float, activation: str, scale: float | None, allow_neg_eigval: bool,
-    null_slot: int | None,
-) -> Arguments:  # fmt: skip
+def step(call: GatedDeltaNetStep) -> Arguments:
     """``gated_delta_net_step``."""
-    q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, *rows, tickets, output = tensors
     args = Arguments("gated_delta_net_step")
-    _qkv(args, q, k, v, "L H K", "L H K", "L H R V")
-    args.tensor("z", z, "L H R V", FLOATS)
-    for name, value in (("b", b), ("a", a)):
+    _qkv(args, call.q, call.k, call.v, "L H K", "L H K", "L H R V")
+    args.tensor("z", call.z, "L H R V", FLOATS)
+    for name, value in (("b", call.b), ("a", call.a)):
         args.tensor(name, value, "L H R", FLOATS)
     heads, keys = args.sizes["H"], args.sizes["K"]
     args.sizes["HV"] = heads * args.sizes["R"]
     args.sizes["D"] = 2 * heads * keys + args.sizes["HV"] * args.sizes["V"]
     args.bound_by |= {"HV": "H * R of v", "D": "q, k and v"}
-    args.tensor("conv_states", conv_states, "P D C", FLOATS, any_stride=True, written=True)
-    args.tensor("state", state, "P HV V K", FLOATS, written=True)
-    args.tensor("A_log", A_log, "HV", _F32)
-    args.tensor("dt_bias", dt_bias, "HV", FLOATS)
-    args.tensor("norm_weight", norm_weight, "V", FLOATS)
-    args.positive("eps", eps)
-    _step_rows(args, *rows)
-    _conv_weight(args, "conv_weight", conv_weight)
+    args.tensor("conv_states", call.conv_states, "P D C", FLOATS, any_stride=True, written=True)
+    args.tensor("state", call.state, "P HV V K", FLOATS, written=True)
+    args.tensor("A_log", call.A_log, "HV", _F32)
+    args.tensor("dt_bias", call.dt_bias, "HV", FLOATS)
+    args.tensor("norm_weight", call.norm_weight, "V", FLOATS)
+    args.positive("eps", call.eps)
+    _step_rows(args, call)
+    _conv_weight(args, "conv_weight", call.conv_weight)
     most = args.sizes["C"] - args.sizes["W"] + 2
     if args.sizes.get("S", 1) > most:
         must = f"of at most {most} columns, as conv_states has {args.sizes['C']} for a width of {args.sizes['W']}"
         raise ShapeError(args.where, "state_indices", f"of {args.sizes['S']} columns", must)
-    args.word("activation", activation, ("silu", "swish", "sigmoid"))
-    args.scale(scale)
-    args.flag("allow_neg_eigval", allow_neg_eigval)
-    args.optional("tickets", tickets, "P H", (torch.int32,), written=True)
-    _null_slot(args, null_slot, True, "state_indices")
-    args.whole_output(output, "L HV V")
+    args.word("activation", call.activation, ("silu", "swish", "sigmoid"))
+    args.scale(call.scale)
+    args.flag("allow_neg_eigval", call.allow_neg_eigval)
+    args.optional("tickets", call.tickets, "P H", (torch.int32,), written=True)
+    _null_slot(args, call.null_slot, True, "state_indices")
+    args.whole_output(call.output, "L HV V")
     return args
 
 
-def _step_rows(
-    args: Arguments, state_indices: Tensor, cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None
-) -> None:
+def _step_rows(args: Arguments, call: GatedDeltaNetStep) -> None:
     """One token of each row, or ragged rows of a speculative step."""
-    if cu_seqlens is None and num_accepted_tokens is None:
-        args.tensor("state_indices", state_indices, "L", INDICES, any_stride=True)
+    starts, accepted = call.cu_seqlens, call.num_accepted_tokens
+    if starts is None and accepted is None:
+        args.tensor("state_indices", call.state_indices, "L", INDICES, any_stride=True)
         return
-    args.needed("cu_seqlens", cu_seqlens is not None, "num_accepted_tokens speaks of ragged rows")
-    args.needed("num_accepted_tokens", num_accepted_tokens is not None, "rows of cu_seqlens go on from a draft")
-    args.tensor("state_indices", state_indices, "N S", INDICES, any_stride=True)
+    args.needed("cu_seqlens", starts is not None, "num_accepted_tokens speaks of ragged rows")
+    args.needed("num_accepted_tokens", accepted is not None, "rows of cu_seqlens go on from a draft")
+    args.tensor("state_indices", call.state_indices, "N S", INDICES, any_stride=True)
     args.whole("the columns of state_indices", args.sizes["S"], least=1)
-    args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    args.tensor("num_accepted_tokens", num_accepted_tokens, "N", INDICES, any_stride=True)
+    args.tensor("cu_seqlens", starts, "N+1", INDICES, any_stride=True)
+    args.tensor("num_accepted_tokens", accepted, "N", INDICES, any_stride=True)
 
 
 def _qkv(args: Arguments, q: Tensor, k: Tensor, v: Tensor, q_spec: str, k_spec: str, v_spec: str) -> None:

@@ -107,10 +107,7 @@ def _summary_table(summary: Summary, device: str) -> Table:
 
 
 @app.command("score")
-def score_command(
-    file: Annotated[Path, typer.Argument(help="Any text file.")],
-    device: DeviceOption = "auto",
-) -> None:
+def score_command(file: Annotated[Path, typer.Argument(help="Any text file.")], device: DeviceOption = "auto") -> None:
     """Bits per byte of a text file, with the state kept in fp32 and in bf16."""
     if not file.is_file():
         raise OptionError("score", "FILE", str(file), "an existing file")

@@ -14,20 +14,12 @@ from gated_delta.errors import BackendError
 from gated_delta.validation.arguments import FLOATS, HEAD_SIZES, LISTED_HEAD_SIZES, describe_dtypes
 
 RULES = (
-    "chunk_gated_delta_rule",
-    "gated_delta_rule_decode",
-    "gated_delta_rule_decode_pretranspose",
-    "gated_delta_rule_mtp",
+    "chunk_gated_delta_rule", "gated_delta_rule_decode", "gated_delta_rule_decode_pretranspose", "gated_delta_rule_mtp",
     "gated_delta_net_step",
-)
+)  # fmt: skip
 """Operators that evaluate the rule, and so have head sizes."""
 
-OPERATORS = (
-    *RULES,
-    "causal_conv1d",
-    "causal_conv1d_update",
-    "rms_norm_gated",
-)
+OPERATORS = (*RULES, "causal_conv1d", "causal_conv1d_update", "rms_norm_gated")
 
 
 class Request(NamedTuple):

@@ -1,7 +1,8 @@
 """Every operator and the layer against float64: what ``gated-delta check`` runs, and our own tests too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +15,8 @@ from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.state import StatePool
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import Verdict, judge
-from gated_delta.testing.inputs import (
-    BLIND_SPOTS,
-    Inputs,
-    prefill_inputs,
-    recurrent_inputs,
-    to_device,
-    with_state,
-)
+from gated_delta.testing.inputs import BLIND_SPOTS, Inputs, prefill_inputs, recurrent_inputs, to_device, with_state
+from gated_delta.validation.arguments import FLOATS, describe_dtypes
 
 
 class Case(NamedTuple):
@@ -34,25 +29,30 @@ class Case(NamedTuple):
 
 
 def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return describe_dtypes([dtype])
 
 
-def _evaluations(inputs: Inputs, device: str, **options: Any) -> tuple[oracle.Evaluation, oracle.Evaluation]:
-    """The plain and the exact one; GPUs multiply in tensor cores, and so in the dtype of the activations."""
+def _both(evaluate: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+    """The plain evaluation and the exact one."""
+    return [evaluate(*args, **options, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+
+
+def _judged(evaluations: Sequence[oracle.Evaluation], **results: Tensor) -> list[Verdict]:
+    """Results by the fields of the evaluations that are named so."""
+    return [judge(name, x, *(getattr(each, name) for each in evaluations)) for name, x in results.items()]
+
+
+def _evaluations(inputs: Inputs, device: str, **options: Any) -> list[oracle.Evaluation]:
+    """Of a prefill: GPUs multiply in tensor cores, and so in the dtype of the activations."""
     operands = None if device == "cpu" else inputs["q"].dtype
     plain = oracle.prefill(**inputs, **options, dtype=torch.float32, operands=operands)
-    return plain, oracle.prefill(**inputs, **options)
+    return [plain, oracle.prefill(**inputs, **options)]
 
 
 def _prefill(make: Callable[[], Inputs], device: str) -> list[Verdict]:
     inputs = make()
-    given = to_device(inputs, device)
-    output, final = gd.chunk_gated_delta_rule(**given, output_final_state=True)
-    plain, exact = _evaluations(inputs, device)
-    return [
-        judge("output", output, plain.output, exact.output),
-        judge("state", final, plain.state, exact.state),
-    ]
+    output, state = gd.chunk_gated_delta_rule(**to_device(inputs, device), output_final_state=True)
+    return _judged(_evaluations(inputs, device), output=output, state=state)
 
 
 def _checkpoints(device: str) -> list[Verdict]:
@@ -68,15 +68,14 @@ def _checkpoints(device: str) -> list[Verdict]:
 
 def _decode(layout: str, dtype: torch.dtype, state_dtype: torch.dtype, device: str) -> list[Verdict]:
     inputs = recurrent_inputs(5, dtype=dtype, state_dtype=state_dtype, head_k=96, head_v=128)
-    plain, exact = (oracle.recurrent(**inputs, dtype=t) for t in (torch.float32, torch.float64))
+    evaluations = _both(oracle.recurrent, **inputs)
     given = to_device(inputs, device)  # on the same device the operator writes into these very tensors
     if layout == "[V, K]":
         output, state = gd.gated_delta_rule_decode_pretranspose(**given)
     else:
-        given["state"] = given["state"].transpose(-1, -2).contiguous()
-        output, state = gd.gated_delta_rule_decode(**given)
-        state = state.transpose(-1, -2)
-    return [judge("output", output, plain.output, exact.output), judge("state", state, plain.state, exact.state)]
+        output, state = gd.gated_delta_rule_decode(**{**given, "state": given["state"].mT.contiguous()})
+        state = state.mT
+    return _judged(evaluations, output=output, state=state)
 
 
 def _mtp(tokens: int, state_dtype: torch.dtype, device: str) -> list[Verdict]:
@@ -91,12 +90,9 @@ def _mtp(tokens: int, state_dtype: torch.dtype, device: str) -> list[Verdict]:
         **given, initial_state=pool, initial_state_indices=slots, intermediate_states_buffer=snapshots,
         disable_state_update=False,
     )  # fmt: skip
-    plain, exact = (oracle.recurrent(**inputs, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    return [
-        judge("output", output, plain.output, exact.output),
-        judge("state", pool[slots], plain.state, exact.state),
-        judge("snapshots", snapshots, torch.stack(plain.kept, 1), torch.stack(exact.kept, 1)),
-    ]
+    evaluations = _both(oracle.recurrent, **inputs)
+    kept = judge("snapshots", snapshots, *(torch.stack(each.kept, 1) for each in evaluations))
+    return [*_judged(evaluations, output=output, state=pool[slots]), kept]
 
 
 def _normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -108,29 +104,23 @@ def _conv(dtype: torch.dtype, width: int, device: str) -> list[Verdict]:
     states = _normal(3, 48, width - 1, seed=3, dtype=dtype)
     starts = torch.tensor([0, 1, 1, 90], dtype=torch.int32)
     history = states.transpose(1, 2)
-    plain, exact = (
-        oracle.conv(x, weight, bias, history, starts, "silu", dtype=t) for t in (torch.float32, torch.float64)
-    )
+    evaluations = _both(oracle.conv, x, weight, bias, history, starts, "silu")
     given = to_device({"x": x, "weight": weight, "bias": bias, "conv_states": states, "cu_seqlens": starts}, device)
     kept = [torch.cat((h, x[a:b]))[1 - width :].T for h, a, b in zip(history, starts, starts[1:], strict=False)]
     exact_states = torch.stack(kept).double()
     y = gd.causal_conv1d(**given, state_indices=None, has_initial_state=None)
-    return [judge("output", y, plain, exact), judge("state", given["conv_states"], exact_states, exact_states)]
+    return [judge("output", y, *evaluations), judge("state", given["conv_states"], exact_states, exact_states)]
 
 
 def _conv_update(dtype: torch.dtype, device: str) -> list[Verdict]:
     x, weight, states = (_normal(*s, seed=i, dtype=dtype) for i, s in enumerate(((4, 3, 32), (32, 4), (4, 32, 5))))
     accepted = torch.tensor([1, 3, 2, 1])
     history = torch.stack([row[:, n - 1 : n + 2].T for row, n in zip(states, accepted.tolist(), strict=True)])
-    starts = torch.arange(5) * 3
-    plain, exact = (
-        oracle.conv(x.flatten(0, 1), weight, None, history, starts, "silu", dtype=t).view(4, 3, 32)
-        for t in (torch.float32, torch.float64)
-    )
+    evaluations = _both(oracle.conv, x.flatten(0, 1), weight, None, history, torch.arange(5) * 3, "silu")
     window = torch.cat((history[:, 1:], x), dim=1).transpose(1, 2).double()  # 5 columns, all that the states have
     given = to_device({"x": x, "conv_states": states, "weight": weight, "num_accepted_tokens": accepted}, device)
     y = gd.causal_conv1d_update(**given, state_indices=None)
-    return [judge("output", y, plain, exact), judge("state", given["conv_states"], window, window)]
+    return [judge("output", y.flatten(0, 1), *evaluations), judge("state", given["conv_states"], window, window)]
 
 
 def _norm(dtype: torch.dtype, activation: str, device: str) -> list[Verdict]:
@@ -177,39 +167,28 @@ def _layer(projection: str, steps: str, device: str) -> list[Verdict]:
     return [judge("output", output[:done], plain[:done], exact[:done])]
 
 
-def _cases() -> list[Case]:
-    low, all_dtypes = (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16, torch.float32)
-    cases = [Case("chunk_gated_delta_rule", name, partial(_prefill, make)) for name, make in BLIND_SPOTS.items()]
-    for dtype in all_dtypes:
-        for heads in ((2, 2, 2), (2, 2, 6), (4, 2, 2)):
-            sizes = dict(zip(("hq", "hk", "hv"), heads, strict=True))
-            make = partial(prefill_inputs, [100, 1, 64, 35], dtype=dtype, **sizes)
-            name = f"{_name(dtype)}, heads {'/'.join(map(str, heads))}"
-            cases.append(Case("chunk_gated_delta_rule", name, partial(_prefill, lambda m=make: with_state(m()))))
-        for layout, operator in (
-            ("[K, V]", "gated_delta_rule_decode"),
-            ("[V, K]", "gated_delta_rule_decode_pretranspose"),
-        ):
-            for state in all_dtypes:
-                name = f"{_name(dtype)}, state {_name(state)}"
-                cases.append(Case(operator, name, partial(_decode, layout, dtype, state)))
-        cases.append(Case("causal_conv1d_update", _name(dtype), partial(_conv_update, dtype)))
+def _cases() -> Iterator[Case]:
+    for name, make in BLIND_SPOTS.items():
+        yield Case("chunk_gated_delta_rule", name, partial(_prefill, make))
+    yield Case("chunk_gated_delta_rule", "checkpoints", _checkpoints)
+    layouts = {"[K, V]": "gated_delta_rule_decode", "[V, K]": "gated_delta_rule_decode_pretranspose"}
+    for dtype in FLOATS:
+        for hq, hk, hv in ((2, 2, 2), (2, 2, 6), (4, 2, 2)):
+            make = partial(prefill_inputs, [100, 1, 64, 35], dtype=dtype, hq=hq, hk=hk, hv=hv)
+            name = f"{_name(dtype)}, heads {hq}/{hk}/{hv}"
+            yield Case("chunk_gated_delta_rule", name, partial(_prefill, lambda m=make: with_state(m())))
+        for (layout, operator), state in product(layouts.items(), FLOATS):
+            name = f"{_name(dtype)}, state {_name(state)}"
+            yield Case(operator, name, partial(_decode, layout, dtype, state))
         for activation in ("silu", "sigmoid"):
-            cases.append(Case("rms_norm_gated", f"{_name(dtype)}, {activation}", partial(_norm, dtype, activation)))
-    cases.append(Case("chunk_gated_delta_rule", "checkpoints", _checkpoints))
-    for tokens in (1, 2, 5, 16):
-        for state in (torch.float32, *low):
-            cases.append(
-                Case("gated_delta_rule_mtp", f"T={tokens}, state {_name(state)}", partial(_mtp, tokens, state))
-            )
-    for width in (2, 3, 4, 5):
-        for dtype in all_dtypes:
-            cases.append(Case("causal_conv1d", f"{_name(dtype)}, W={width}", partial(_conv, dtype, width)))
-    for projection in ("interleaved", "flat"):
-        for steps in _LAYER_STEPS:
-            case = partial(_layer, projection, steps)
-            cases.append(Case("GatedDeltaNetAttention", f"{projection}, {steps}", case))
-    return cases
+            yield Case("rms_norm_gated", f"{_name(dtype)}, {activation}", partial(_norm, dtype, activation))
+        for width in (2, 3, 4, 5):
+            yield Case("causal_conv1d", f"{_name(dtype)}, W={width}", partial(_conv, dtype, width))
+        yield Case("causal_conv1d_update", _name(dtype), partial(_conv_update, dtype))
+    for tokens, state in product((1, 2, 5, 16), FLOATS):
+        yield Case("gated_delta_rule_mtp", f"T={tokens}, state {_name(state)}", partial(_mtp, tokens, state))
+    for projection, steps in product(("interleaved", "flat"), _LAYER_STEPS):
+        yield Case("GatedDeltaNetAttention", f"{projection}, {steps}", partial(_layer, projection, steps))
 
 
-CASES = _cases()
+CASES = [*_cases()]

@@ -15,11 +15,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from gated_delta import __version__
 from gated_delta.bench.cli import app as bench_app
+from gated_delta.bench.cli import progress
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
 from gated_delta.model.generation import Options, Summary, generate
@@ -54,10 +54,6 @@ def pick_device(name: str) -> str:
 def printable(text: str) -> str:
     """Without the bytes that are no text."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def progress() -> Progress:
-    return Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console)
 
 
 @app.command("generate")
@@ -121,12 +117,11 @@ def score_command(file: Annotated[Path, typer.Argument(help="Any text file.")], 
     title = escape(f"{printable(file.name)}: {len(text):,} bytes on {place}")
     table = Table("state", "bits per byte", "against fp32", title=title)
     exact: float | None = None
-    with progress() as bar:
-        for name, dtype in STATE_DTYPES.items():
-            task = bar.add_task(f"state in {name}", total=steps)
-            bits = score(model, text, state_dtype=dtype, advance=lambda n, task=task: bar.advance(task, n))
-            exact = bits if exact is None else exact
-            table.add_row(name, f"{bits:.4f}", f"{bits - exact:+.6f}")
+    for name, dtype in STATE_DTYPES.items():
+        with progress(f"state in {name}", steps) as advance:
+            bits = score(model, text, state_dtype=dtype, advance=advance)
+        exact = bits if exact is None else exact
+        table.add_row(name, f"{bits:.4f}", f"{bits - exact:+.6f}")
     console.print(table)
 
 
@@ -136,15 +131,14 @@ def check_command(device: DeviceOption = "auto") -> None:
     place = pick_device(device)
     table = Table("operator", "case", "result", "error", "budget", "", title=f"error against float64, on {place}")
     failures = 0
-    with progress() as bar:
-        task = bar.add_task("checking", total=len(CASES))
+    with progress("checking", len(CASES)) as advance:
         for case in CASES:
             for verdict in case.run(place):
                 failures += not verdict.within
                 mark = "[green]ok[/]" if verdict.within else "[bold red]over[/]"
                 numbers = (f"{verdict.error:.1e}", f"{verdict.budget:.1e}")
                 table.add_row(case.operator, case.name, verdict.name, *numbers, mark)
-            bar.advance(task)
+            advance()
     console.print(table)
     if failures:
         console.print(f"{failures} results are over their budget", style="bold red")

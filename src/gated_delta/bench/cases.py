@@ -75,9 +75,7 @@ def parse_sequences(word: str) -> tuple[int, ...]:
 
 
 def parse_heads(word: str) -> Heads:
-    """``16/32``, or with head sizes ``16/32@64/128``; the sizes of a known layout are those of its model. Raises
-    ValueError with what the word must be.
-    """
+    """``16/32``, or ``16/32@64/128`` with head sizes, else a model's. Raises ValueError with what it must be."""
     match = re.fullmatch(r"(\d+)/(\d+)(?:@(\d+)/(\d+))?", word)
     heads = Heads(*(int(x) for x in match.groups() if x)) if match else Heads(0, 0)
     if heads.h < 1 or heads.hv < 1 or heads.hv % heads.h or not {heads.k, heads.v} <= {*HEAD_SIZES}:
@@ -174,9 +172,7 @@ def select(
     quick: bool = False,
     small: bool = False,
 ) -> list[Case]:
-    """The cases that are asked for, group by group; what is empty is taken from :data:`PLAN`, of which ``small`` is
-    for a CPU.
-    """
+    """The cases asked for, group by group; what is empty is taken from :data:`PLAN`, ``small`` for a CPU."""
 
     def default(text: str) -> list[str]:
         columns = text.split("|")[: 3 if small else 2 if quick else 1]

@@ -22,9 +22,7 @@ Results = dict[str, Tensor]
 
 
 def exact(case: Case, x: Inputs) -> Results:
-    """Evaluate a case in float64, before anything writes to the inputs; nothing of a whole layer, which ``gated-delta
-    check`` judges.
-    """
+    """A case in float64, before anything writes to its inputs; not a layer, which ``gated-delta check`` judges."""
     if case.operation == "prefill":
         return _prefill(case, x)
     if case.operation in ("decode", "verify"):
@@ -76,9 +74,7 @@ def _recurrent(case: Case, x: Inputs) -> Results:
 
 
 def judge(truth: Results, results: Results) -> tuple[float | None, str]:
-    """The largest relative error of what a contender wrote, if there is anything to compare it with, and what is
-    wrong, "" if nothing.
-    """
+    """The largest relative error of what a contender wrote, None if that is unknown, and what is wrong, if anything."""
     worst = None
     for name in (*truth, *(results.keys() - truth.keys())):
         if name not in results:

@@ -94,7 +94,7 @@ def run_command(
 
     place = pick_device(device)
     if soak_:
-        with _bar(soak_) as advance:
+        with progress("measuring", soak_) as advance:
             fine = soak(soak_, torch.device(place), advance, _say)
         raise typer.Exit(0 if fine else 1)
     layouts, every = ",".join(map(str, cases.MODELS)), ",".join(cases.SEQUENCES)
@@ -116,7 +116,7 @@ def run_command(
     rows = absentees
     jobs = 0 if place == "cpu" else min(MOST_JOBS, os.cpu_count() or 1)
     bench = Bench(place, contenders, chosen, machine.facts(place), limit, jobs, _say)
-    with _bar(len(chosen)) as advance:
+    with progress("measuring", len(chosen)) as advance:
         for found in bench.run():
             advance()
             rows = [*found, *absentees]
@@ -136,12 +136,12 @@ def _make_folder(out: Path) -> None:
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """Progress over cases: a function that moves it on."""
+def progress(words: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar, and a function that moves it on, by 1 or more."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("measuring", total=total)
-        yield lambda: bar.advance(task)
+        task = bar.add_task(words, total=total)
+        yield lambda steps=1: bar.advance(task, steps)
 
 
 def _say(line: str) -> None:

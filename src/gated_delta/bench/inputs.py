@@ -27,9 +27,7 @@ def unwritten(like: Tensor, *rows: int) -> Tensor:
 
 
 def make_sets(case: Case, device: torch.device, cache_bytes: int) -> list[Inputs]:
-    """Sets of inputs whose tensors are more than ``cache_bytes`` in all; one if ``cache_bytes`` is 0. The same case
-    has the same inputs every time.
-    """
+    """Sets of inputs of more than ``cache_bytes`` in all, one if that is 0; the same for a case every time."""
     torch.manual_seed(0)
     with torch.device(device):
         first = _BUILDERS[case.operation](case)

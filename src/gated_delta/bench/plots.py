@@ -1,6 +1,4 @@
-"""Pictures of rows, with matplotlib where it is installed: the roofline of decode, times over the floor, speed-ups over
-the best peer, and how times grow with length and batch.
-"""
+"""Pictures of rows, with matplotlib: the roofline of decode, times over the floor, speed-ups, time against size."""
 
 from __future__ import annotations
 
@@ -80,9 +78,7 @@ def _main_layout(rows: Sequence[Row]) -> list[Row]:
 
 
 def _lines(title: str, panels: Sequence[Sequence[Row]], y: str) -> Figure | None:
-    """Time or bandwidth (``y``) of all contenders against size, ours the widest line and on top; dashed what it would
-    be at the floor.
-    """
+    """Time or bandwidth (``y``) of all contenders against size, ours widest and on top; dashed: at the floor."""
     if not panels:
         return None
     across = min(2, len(panels))

@@ -42,13 +42,8 @@ class Step(NamedTuple):
 
 @dataclass
 class Worker:
-    """What is to be measured, and the means to do it.
-
-    Args:
-        device: "cpu" or "cuda".
-        peers: contenders.
-        machine: the ceilings, if they have been measured.
-        left_out: operations, and contenders that do not do them.
+    """What is to be measured, and the means to do it. ``machine``: the ceilings, once they have been measured;
+    ``left_out``: operations, and contenders that do not do them.
     """
 
     device: str
@@ -297,15 +292,13 @@ class Bench:
         self.tell(f"compiling ahead in {min(self.jobs, len(plans))} processes")
         running: dict[Any, Process] = {}
         started = time.monotonic()
-        left = 2 * self.limit
         try:
-            while (plans or running) and left > 0:
+            while (plans or running) and (left := started + 2 * self.limit - time.monotonic()) > 0:
                 while plans and len(running) < self.jobs:
                     process = Process(plans.pop(0), ahead=True)
                     running[process.sentinel] = process
                 for sentinel in wait(list(running), left):
                     running.pop(sentinel).end()
-                left = started + 2 * self.limit - time.monotonic()
         finally:
             for process in running.values():  # out of time, or the user has had enough
                 process.end(0)

@@ -54,9 +54,7 @@ class Timer(NamedTuple):
 
 
 def timer(sets: Sequence[Call], device: torch.device) -> Timer:
-    """A timer of calls that go round the sets of inputs, each of which has run before, so that nothing compiles any
-    more.
-    """
+    """A timer of calls that go round the sets of inputs; each has run before, so nothing compiles any more."""
     if device.type == "cpu":
         return Timer(1, lambda: timeit.timeit(sets[0], number=1) * 1e6)
     few = sets[:3]
@@ -90,9 +88,7 @@ def _between_events(work: Call) -> float:
 def in_turns(
     timers: dict[str, Timer], device: torch.device, announce: Callable[[str], None] = lambda name: None
 ) -> dict[str, Spread]:
-    """Replay A, B, A, B, ... so that what changes in the machine meanwhile changes all alike. ``announce`` is told
-    whose turn it is.
-    """
+    """Replay A, B, A, B: what changes in the machine changes all alike. ``announce`` is told whose turn it is."""
 
     def round_of_all() -> dict[str, float]:
         times = {}

@@ -96,9 +96,7 @@ class Session:
         return self._pool.bytes_per_slot * (self.drafts + 1)
 
     def kv_bytes(self) -> tuple[int, int]:
-        """Bytes of KV cache at the present length of one sequence: of the attention layers, and what the GDN layers
-        would add if they were attention layers too.
-        """
+        """Bytes of KV cache of a sequence now: of the attention layers, and what the GDN layers would add as such."""
         cache = self._kv[0].keys
         per_layer = 2 * self.length * cache[0, 0].numel() * cache.element_size()
         attention = len(self._kv)

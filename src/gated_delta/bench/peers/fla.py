@@ -80,9 +80,7 @@ def _conv(x: Inputs) -> Bound:
 
 
 def torch_reference(load: Callable[[], Callable[..., Any]], case: Case, x: Inputs) -> Bound | None:
-    """FLA's prefill by chunks in torch, whose signature Transformers shares: equal sequences as a batch, q and k
-    repeated to the heads of v, states ``[K, V]``.
-    """
+    """FLA's prefill in torch, whose signature Transformers shares: equal sequences, heads repeated, ``[K, V]``."""
     if case.operation != "prefill" or len(set(case.lengths)) > 1:
         return None
     q, k = (reference.expand_heads(x[name], case.heads.hv) for name in "qk")

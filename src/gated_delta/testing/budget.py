@@ -26,9 +26,7 @@ class Verdict(NamedTuple):
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
-    """``||x - exact|| / ||exact||`` where and in the dtype that exact is, or ``||x||`` where that is zero; infinite for
-    another shape, NaN where x is not finite anywhere.
-    """
+    """``||x - exact|| / ||exact||``, or ``||x||`` if exact is 0; infinite for another shape, NaN if x is anywhere."""
     if x.shape != exact.shape:
         return math.inf
     scale = exact.norm().item()

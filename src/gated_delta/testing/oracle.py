@@ -1,6 +1,6 @@
 """The rule token by token around the operators' own arguments: exact in float64, plain in fp32."""
 
-import itertools
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,7 @@ class Evaluation(NamedTuple):
     state: Tensor
     """``[N, HS, V, K]`` or ``[B, HV, V, K]``: final states."""
     kept: list[Tensor]
-    """Prefill: the checkpoints, sequence after sequence, each ``[HS, V, K]``. Several tokens: the states after each
-    token, ``[B, HV, V, K]``."""
+    """Prefill: all checkpoints, each ``[HS, V, K]``. Steps: the states after each token, ``[B, HV, V, K]``."""
 
 
 def prefill(
@@ -53,19 +52,15 @@ def prefill(
     beta = ones if beta is None else beta.to(dtype)
     factor = reference.resolve_scale(scale, q.shape[-1])
     empty = torch.zeros(heads, v.shape[-1], q.shape[-1], dtype=dtype)
-    outputs, states, kept = [], [], []
-    bounds = cu_seqlens.tolist()
-    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-        state = empty if initial_state is None else initial_state[i].to(dtype)
-        own = slice(start, end)
-        output, final, checkpoints = reference.recurrent(
+    found = []
+    for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        own, state = slice(start, end), empty if initial_state is None else initial_state[i].to(dtype)
+        found.append(reference.recurrent(
             q[None, own], k[None, own], v[None, own], alpha[None, own], beta[None, own], factor, state[None],
             keep_every=checkpoint_every_n_tokens, dtype=dtype, operands=operands,
-        )  # fmt: skip
-        outputs.append(output[0])
-        states.append(final[0])
-        kept += [checkpoint[0] for checkpoint in checkpoints]
-    return Evaluation(torch.cat(outputs), torch.stack(states), kept)
+        ))  # fmt: skip
+    outputs, states, kept = zip(*found, strict=True)
+    return Evaluation(torch.cat(outputs, dim=1)[0], torch.cat(states), [x[0] for each in kept for x in each])
 
 
 def recurrent(
@@ -106,8 +101,7 @@ def conv(
     """Causal convolution by its definition, one token and tap at a time; history ``[N, W-1, D]`` -> ``[L, D]``."""
     width = weight.shape[1]
     y = torch.zeros(x.shape, dtype=dtype)
-    bounds = cu_seqlens.tolist()
-    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+    for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         inputs = torch.cat((history[i].to(dtype), x[start:end].to(dtype)))
         for t in range(end - start):
             for tap in range(width):

@@ -87,31 +87,20 @@ def _is_wide(states: Tensor | None) -> bool:
     return states is not None and states.shape[-2] * states.stride(-2) >= 2**31
 
 
-class _Work(NamedTuple):
-    """A launch of one of the kernels."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    tensors: tuple[Tensor | None, ...]
-    numbers: tuple[float, ...]
-    constants: dict[str, Any]
-    warps: int
-
-
 def recurrent(call: Recurrent) -> None:
     """The operator."""
-    work = _work(call)
-    launch(work.kernel, work.grid, (*work.tensors, *work.numbers), work.constants, warps=work.warps)
+    work, warps, _ = _work(call)
+    launch(*work, warps=warps)
 
 
 def bound_recurrent(call: Recurrent) -> Start:
     """The launch that :func:`recurrent` does, which takes the pointers of its tensors."""
-    work = _work(call)
-    arguments, bound = (*work.tensors, *work.numbers), len(work.numbers)
-    return bind(work.kernel, work.grid, arguments, work.constants, warps=work.warps, bound=bound)
+    work, warps, numbers = _work(call)
+    return bind(*work, warps=warps, bound=numbers)
 
 
-def _work(call: Recurrent) -> _Work:
+def _work(call: Recurrent) -> tuple[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], int, int]:
+    """What is launched: kernel, grid, arguments, constants; by how many warps; how many arguments are numbers."""
     q, k, v, state, a, b, output, snapshots = (*call[:4], call.a, call.b, call.output, call.snapshots)
     read_slots, write_slots, token_slots = call.read_slots, call.write_slots, call.token_slots
     rows, steps, heads, head_v = v.shape
@@ -137,4 +126,4 @@ def _work(call: Recurrent) -> _Work:
         *strides(output, 0, 1, 2), *strides(state, 0, 1, 2), *strides(snapshots, 0, 1, 2, 3), steps,
     )  # fmt: skip
     grid = (-(-head_v // block_v) * heads * rows,)
-    return _Work(kernel, grid, tensors, numbers, constants, tile.warps)
+    return (kernel, grid, (*tensors, *numbers), constants), tile.warps, len(numbers)

@@ -14,7 +14,6 @@ import torch
 
 import gated_delta as gd
 from gated_delta import library, plans, reference
-from gated_delta.calls import RecurrentCall
 from gated_delta.testing.inputs import prefill_inputs, recurrent_inputs
 
 
@@ -76,7 +75,7 @@ def boundary() -> None:
         print(f"  {name}: {each(run):.1f} us")
     names = ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")
     options = ("gated_delta_rule_decode_pretranspose", None, True, False, "auto", True, None, True)
-    call = RecurrentCall._make((*options, *(inputs[name] for name in names), *[None] * 5))
+    call = (*options, *(inputs[name] for name in names), *[None] * 5)
     plans.remember(call, inputs["v"], lambda *args: None)
     print(f"  the same by a plan: {each(timed['gated_delta_rule_decode_pretranspose']):.1f} us")
 

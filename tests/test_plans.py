@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,11 +12,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gated_delta as gd
 from gated_delta import plans
-from gated_delta.calls import RecurrentCall
 from gated_delta.errors import ArgumentError
 from gated_delta.testing.inputs import Inputs, recurrent_inputs, to_device
 from gated_delta.validation import operators
 from helpers import DEVICE, assert_recurrent, nans, same_bits
+
+
+class RecurrentCall(NamedTuple):
+    """What :func:`gated_delta.decode._run` takes, by name."""
+
+    where: str
+    scale: float | None
+    use_qk_l2norm: bool
+    allow_neg_eigval: bool
+    backend: str
+    update: bool
+    null_slot: int | None
+    state_v_first: bool
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Tensor
+    A_log: Tensor
+    a: Tensor
+    dt_bias: Tensor
+    b: Tensor
+    output: Tensor | None
+    read_slots: Tensor | None = None
+    write_slots: Tensor | None = None
+    token_slots: Tensor | None = None
+    snapshots: Tensor | None = None
+
 
 FEW = ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")
 OPTIONAL = ("output", "read_slots", "write_slots", "token_slots", "snapshots")

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from gated_delta import dispatch, library
-from gated_delta.calls import slot_number
 from gated_delta.validation import data, operators
 
 
@@ -101,5 +100,5 @@ def _run(
     if data.is_checked():
         data.conv(args.where, call)
     output = torch.empty_like(call.x, memory_format=torch.contiguous_format)
-    operator(*call._replace(null_slot=slot_number(call.null_slot), output=output), backend)
+    operator(*call._replace(null_slot=library.slot_number(call.null_slot), output=output), backend)
     return output

@@ -1,6 +1,4 @@
-"""The rule on one token of every sequence, with the state in either layout, or on several: multi-token prediction and
-speculative verification.
-"""
+"""The rule on one token of every sequence, with the state in either layout, or on several (speculation)."""
 
 import warnings
 from typing import Any
@@ -9,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gated_delta import dispatch, library, plans, reference
-from gated_delta.calls import RecurrentCall, slot_number
 from gated_delta.validation import data, operators
 
 
@@ -164,25 +161,28 @@ def gated_delta_rule_mtp(
 
 
 def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = False) -> Tensor:
-    """What every recurrent operator does with the fields of a :class:`RecurrentCall`; returns the output."""
+    """What every recurrent operator does: its name, options and tensors, in the order in which they are taken here."""
     planned = plans.run(fields)
     if planned is not None:
         return planned
-    call = RecurrentCall(*fields)
-    args = operators.recurrent(call, state_name=state_name, single=single)
-    request = dispatch.Request(call.where, call.q.device.type, call.q.dtype, args.sizes["K"], args.sizes["V"])
-    backend = dispatch.choose(request, call.backend)
-    if data.is_checked():
-        data.recurrent(call)
-    output = call.q.new_empty(call.v.shape) if call.output is None else call.output
-    arguments = library.Recurrent(
-        call.q, call.k, call.v, call.state, call.state_v_first, call.A_log, call.a, call.dt_bias, call.b,
-        reference.resolve_scale(call.scale, request.head_k), call.use_qk_l2norm, call.allow_neg_eigval,
-        call.read_slots, slot_number(call.null_slot),
-        call.update and (call.token_slots is None or call.write_slots is not None),
-        call.write_slots, call.token_slots, call.snapshots, output, call.output is None,
+    (where, scale, use_qk_l2norm, allow_neg_eigval, backend, update, null_slot, state_v_first, q, k, v, state, A_log, a,
+     dt_bias, b, output, read_slots, write_slots, token_slots, snapshots) = fields  # fmt: skip
+    call = library.given(
+        library.Recurrent, q, k, v, state, state_v_first, A_log, a, dt_bias, b, scale, use_qk_l2norm, allow_neg_eigval,
+        read_slots, null_slot, update, write_slots, token_slots, snapshots, output, output is None,
     )  # fmt: skip
-    library.recurrent(*arguments, backend)
+    args = operators.recurrent(where, call, state_name=state_name, single=single)
+    request = dispatch.Request(where, q.device.type, q.dtype, args.sizes["K"], args.sizes["V"])
+    backend = dispatch.choose(request, backend)
+    if data.is_checked():
+        data.recurrent(where, call)
+    call = call._replace(
+        scale=reference.resolve_scale(scale, request.head_k),
+        null_slot=library.slot_number(null_slot),
+        update_state=update and (token_slots is None or write_slots is not None),
+        output=q.new_empty(v.shape) if output is None else output,
+    )
+    library.recurrent(*call, backend)
     if not torch.compiler.is_compiling() and request.device == "cuda":
-        plans.remember(call, output, library.bound_recurrent(arguments, backend))
-    return output
+        plans.remember(fields, call.output, library.bound_recurrent(call, backend))
+    return call.output

@@ -54,13 +54,18 @@ class Prefill(NamedTuple):
 
 
 class Recurrent(NamedTuple):
-    """Arguments of the decode operators and several tokens, named as in :class:`gated_delta.calls.RecurrentCall`."""
+    """Arguments of the decode operators and several tokens. ``read_slots`` are there ``initial_state_indices``,
+    ``write_slots`` ``output_state_indices``, ``token_slots`` ``ssm_state_indices``, ``snapshots``
+    ``intermediate_states_buffer``.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     state: Written
+    """One state a row, or the pool when there are ``read_slots``."""
     state_v_first: bool
+    """States are ``[V, K]``, not ``[K, V]``."""
     A_log: Tensor
     a: Tensor
     dt_bias: Tensor
@@ -148,6 +153,11 @@ class GatedDeltaNetStep(NamedTuple):
 
 
 T = TypeVar("T")
+
+
+def slot_number(null_slot: int | None) -> int:
+    """``null_slot`` as the backends take it: -1 when there is none, since negative slots are padding anyway."""
+    return -1 if null_slot is None else null_slot
 
 
 def given(record: type[T], *args: Any) -> T:

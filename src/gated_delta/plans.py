@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gated_delta.calls import RecurrentCall
 from gated_delta.validation.data import CHECKED
 
 try:
@@ -47,9 +46,7 @@ def _keep(plans: Plans, key: tuple[Any, ...], tensors: Sequence[Tensor], launch:
 
 
 def judged(call: Sequence[Any], judge: Callable[[], Any]) -> Any:
-    """What ``judge`` says of a call, of which q is the first argument; for one like an earlier one, what it said then.
-    Errors are not kept.
-    """
+    """What ``judge`` says of a call (q first); for one like an earlier one, what it said then. Errors are not kept."""
     given = [x for x in call if isinstance(x, Tensor)]
     if TensorGuards is None or _is_watched() or not all(type(x) in (Tensor, torch.nn.Parameter) for x in given):
         return judge()
@@ -73,9 +70,7 @@ def _is_watched() -> bool:
 
 
 def run(call: tuple[Any, ...]) -> Tensor | None:
-    """Run a call (the fields of a :class:`RecurrentCall`, in their order) for which there is a plan, and return its
-    output; None if there is none.
-    """
+    """Run a call of a recurrent operator for which there is a plan, and return its output, else None."""
     if _is_watched():
         return None
     try:
@@ -102,11 +97,11 @@ def run(call: tuple[Any, ...]) -> Tensor | None:
     return None
 
 
-def remember(call: RecurrentCall, output: Tensor, launch: Any) -> None:
+def remember(call: tuple[Any, ...], output: Tensor, launch: Any) -> None:
     """Keep ``launch`` for calls like this one, if their tensors' look is all that it depends on."""
-    given = [x for x in call.tensors if x is not None]
+    given = [x for x in call[8:] if x is not None]
     plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
-    wide = (call.q, call.k, call.v, call.state, output, call.snapshots)
+    wide = (*call[8:12], output, call[-1])  # q, k, v, state and snapshots
     if TensorGuards is None or _is_watched() or not plain or any(x is not None and x.data_ptr() % 16 for x in wide):
         return
     _keep(_PLANS, _key(call), given, launch)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from gated_delta import dispatch, library, reference
-from gated_delta.calls import slot_number
 from gated_delta.validation import data, operators
 
 
@@ -82,7 +81,7 @@ def _run(
     call = call._replace(
         scale=reference.resolve_scale(call.scale, sizes["K"]),
         initial_state=None if in_place else call.initial_state,
-        null_slot=slot_number(call.null_slot),
+        null_slot=library.slot_number(call.null_slot),
         in_place=in_place,
         output=q.new_empty(sizes["L"], sizes["HS"], sizes["V"]) if call.zero_padding else call.output,
         final_state=final,

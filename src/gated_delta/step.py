@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from gated_delta import dispatch, library, plans, reference
-from gated_delta.calls import slot_number
 from gated_delta.validation import data, operators
 
 
@@ -55,7 +54,7 @@ def gated_delta_net_step(
         data.step(call)
     if output is None:
         output = q.new_empty(len(v), v.shape[1] * v.shape[2], v.shape[3])
-    scale, null_slot = reference.resolve_scale(scale, q.shape[-1]), slot_number(null_slot)
+    scale, null_slot = reference.resolve_scale(scale, q.shape[-1]), library.slot_number(null_slot)
     call = call._replace(scale=scale, eps=float(eps), null_slot=null_slot, output=output)
     library.gated_delta_net_step(*call, backend)
     return output

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gated_delta.calls import RecurrentCall, slot_number
 from gated_delta.errors import DataError
-from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill
+from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill, Recurrent, slot_number
 
 if TYPE_CHECKING:
     from gated_delta.batch import GatedDeltaNetBatch
@@ -56,30 +55,32 @@ def prefill(call: Prefill, max_seqlen: int | None) -> None:
         checkpoint_rows(where, call.checkpoint_starts, call.cu_seqlens, call.checkpoint_every, rows)
 
 
-def recurrent(call: RecurrentCall) -> None:
+def recurrent(where: str, call: Recurrent) -> None:
     """Decode and several tokens. Rows of padding write nothing, whatever their other indices say."""
-    slots(call.where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
+    slots(where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
     live: slice | Tensor = slice(None)
     if call.read_slots is not None:
         live = (call.read_slots >= 0) & (call.read_slots != slot_number(call.null_slot))
     write_slots = None if call.write_slots is None else call.write_slots[live]
     token_slots = None if call.token_slots is None else call.token_slots[live]
-    if call.update and write_slots is not None:
-        written_slots(call.where, "output_state_indices", write_slots, call.state, call.null_slot)
-    elif call.update and token_slots is None:
-        written_slots(call.where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
-    written_slots(call.where, "ssm_state_indices", token_slots, call.state, call.null_slot)
-    _races(call, write_slots, token_slots, live)
+    if call.update_state and write_slots is not None:
+        written_slots(where, "output_state_indices", write_slots, call.state, call.null_slot)
+    elif call.update_state and token_slots is None:
+        written_slots(where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
+    written_slots(where, "ssm_state_indices", token_slots, call.state, call.null_slot)
+    _races(where, call, write_slots, token_slots, live)
 
 
-def _races(call: RecurrentCall, write_slots: Tensor | None, token_slots: Tensor | None, live: slice | Tensor) -> None:
+def _races(
+    where: str, call: Recurrent, write_slots: Tensor | None, token_slots: Tensor | None, live: slice | Tensor
+) -> None:
     """A slot that one row writes and another row writes too, or reads."""
     if call.read_slots is None:
         return
     reads = call.read_slots[live].tolist()
     writes: list[list[int]] = [[] for _ in reads]
     for named in (write_slots, token_slots):
-        if named is not None and (call.update or named is token_slots):
+        if named is not None and (call.update_state or named is token_slots):
             for own, found in zip(writes, named.reshape(len(reads), -1).tolist(), strict=True):
                 own.extend(found)
     writer: dict[int, int] = {}
@@ -87,11 +88,11 @@ def _races(call: RecurrentCall, write_slots: Tensor | None, token_slots: Tensor 
         for slot in own:
             if slot >= 0 and slot != slot_number(call.null_slot) and writer.setdefault(slot, row) != row:
                 must = "written by one row only"
-                raise DataError(call.where, "a slot", f"{slot}, written by rows {writer[slot]} and {row}", must)
+                raise DataError(where, "a slot", f"{slot}, written by rows {writer[slot]} and {row}", must)
     for row, slot in enumerate(reads):
         if writer.get(slot, row) != row:
             was = f"{slot}, read by row {row} and written by row {writer[slot]}"
-            raise DataError(call.where, "a slot", was, "written by no other row than the one that reads it")
+            raise DataError(where, "a slot", was, "written by no other row than the one that reads it")
 
 
 def cu_seqlens(where: str, starts: Tensor, total: int, max_seqlen: int | None = None) -> None:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from gated_delta.calls import RecurrentCall
 from gated_delta.errors import OptionError, ShapeError
-from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill
+from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill, Recurrent
 from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
 
 CHECKPOINT_MULTIPLE = 64
@@ -64,9 +63,9 @@ def _checkpoints(args: Arguments, call: Prefill) -> None:
     args.optional("checkpoint_cu_starts", call.checkpoint_starts, "N+1", INDICES, any_stride=True)
 
 
-def recurrent(call: RecurrentCall, *, state_name: str = "state", single: bool = False) -> Arguments:
+def recurrent(where: str, call: Recurrent, *, state_name: str = "state", single: bool = False) -> Arguments:
     """Decode in both layouts (``single``: one token only) and several tokens."""
-    args = Arguments(call.where)
+    args = Arguments(where)
     if state_name == "initial_state":
         args.needed("initial_state_indices", call.read_slots is not None, "initial_state is a pool")
     steps = "1" if single else "T"
@@ -75,7 +74,7 @@ def recurrent(call: RecurrentCall, *, state_name: str = "state", single: bool = 
         args.whole("the number of tokens T", args.sizes["T"], least=1)
     h, hv = args.sizes["H"], args.sizes["HV"]
     if h == 0 or hv == 0 or hv % h:
-        raise ShapeError(call.where, "v", f"of {hv} heads", f"of a multiple of the {h} heads of q and k")
+        raise ShapeError(where, "v", f"of {hv} heads", f"of a multiple of the {h} heads of q and k")
     rows, layout = "B" if call.read_slots is None else "P", "V K" if call.state_v_first else "K V"
     args.tensor(state_name, call.state, f"{rows} HV {layout}", FLOATS, written=True)
     args.tensor("A_log", call.A_log, "HV", _F32)
@@ -115,14 +114,14 @@ def flag(where: str, name: str, value: object) -> None:
         Arguments(where).flag(name, value)
 
 
-def _write_back(args: Arguments, call: RecurrentCall, layout: str) -> None:
+def _write_back(args: Arguments, call: Recurrent, layout: str) -> None:
     """Where the states of one or several tokens go."""
     args.optional("output_state_indices", call.write_slots, "B", INDICES, any_stride=True)
     if call.write_slots is not None:
         pooled = call.read_slots is not None
         args.needed("initial_state_indices", pooled, "output_state_indices name slots of a pool")
         because = "disable_state_update is True, so no final state is written"
-        args.excluded("output_state_indices", not call.update, because)
+        args.excluded("output_state_indices", not call.update_state, because)
     args.optional("intermediate_states_buffer", call.snapshots, f">=B >=T HV {layout}", FLOATS, written=True)
     if call.token_slots is None:
         return
@@ -130,7 +129,7 @@ def _write_back(args: Arguments, call: RecurrentCall, layout: str) -> None:
     args.excluded("ssm_state_indices", args.sizes["T"] < 2, "it needs T >= 2 (one token has only a final state)")
     because = "ssm_state_indices keeps the same states"
     args.excluded("intermediate_states_buffer", call.snapshots is not None, because)
-    if not call.update:
+    if not call.update_state:
         raise OptionError(args.where, "disable_state_update", True, "False with ssm_state_indices, which write states")
 
 

@@ -165,10 +165,10 @@ def _is_decode(row: Row) -> bool:
 
 
 def _check_rows(rows: Sequence[Row | SpecRow], num_spec: int) -> None:
-    if num_spec < 0:
-        raise OptionError("GatedDeltaNetBatch.build", "num_spec", num_spec, "at least 0")
+    where = "GatedDeltaNetBatch.build"
+    Arguments(where).whole("num_spec", num_spec, least=0)
     for i, row in enumerate(rows):
-        where, name = "GatedDeltaNetBatch.build", f"rows[{i}]"
+        name = f"rows[{i}]"
         if row.tokens < 1:
             raise OptionError(where, name, f"of {row.tokens} tokens", "of at least 1 token")
         if isinstance(row, SpecRow):
@@ -176,6 +176,5 @@ def _check_rows(rows: Sequence[Row | SpecRow], num_spec: int) -> None:
                 was = f"of {row.tokens} tokens and {len(row.slots)} slots"
                 raise OptionError(where, name, was, f"of a slot a token, at most num_spec + 1 = {num_spec + 1}")
             if not 1 <= row.accepted <= len(row.slots):
-                raise OptionError(
-                    where, f"{name}.accepted", row.accepted, f"in [1, {len(row.slots)}], one of its slots"
-                )
+                must = f"in [1, {len(row.slots)}], one of its slots"
+                raise OptionError(where, f"{name}.accepted", row.accepted, must)

@@ -86,14 +86,6 @@ def projection_sizes(c: GatedDeltaNetConfig) -> dict[str, int]:
     return {"in_proj_qkvz": c.conv_dim + c.value_dim, "in_proj_ba": 2 * c.num_v_heads}
 
 
-class GatedRMSNorm(nn.Module):
-    """Holds ``norm.weight`` under the name that checkpoints use."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-
 class GatedDeltaNetAttention(nn.Module):
     """One Gated Delta Net layer. Parameter names are those of the published checkpoints.
 
@@ -117,7 +109,7 @@ class GatedDeltaNetAttention(nn.Module):
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_width, groups=c.conv_dim, bias=False)
         self.A_log = nn.Parameter(torch.empty(gates).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(_inverse_softplus(torch.empty(gates).uniform_(1e-3, 1e-1)))
-        self.norm = GatedRMSNorm(c.head_v_dim)
+        self.norm = nn.RMSNorm(c.head_v_dim, eps=c.norm_eps)  # for its weight: rms_norm_gated gates, too
         self.out_proj = nn.Linear(c.value_dim, hidden, bias=False)
         self._probed = 0
 

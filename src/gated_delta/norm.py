@@ -27,9 +27,6 @@ def rms_norm_gated(
         output: of x's shape, contiguous; x itself may be given. Allocated in x's dtype when None.
         backend: "auto", or a name that :func:`gated_delta.explain` lists.
 
-    Returns:
-        The output.
-
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """

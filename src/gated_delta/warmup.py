@@ -24,10 +24,10 @@ from torch import Tensor
 from gated_delta import dispatch, library
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d, causal_conv1d_update
-from gated_delta.errors import OptionError, WarmupError
+from gated_delta.errors import WarmupError
 from gated_delta.norm import rms_norm_gated
 from gated_delta.prefill import chunk_gated_delta_rule
-from gated_delta.validation.arguments import FLOATS, describe_dtypes
+from gated_delta.validation.arguments import FLOATS, Arguments, describe_dtypes
 
 
 class Warmed(NamedTuple):
@@ -86,12 +86,12 @@ def warmup(
         OptionError: a count below its least value, or a dtype that no kernel serves.
         WarmupError: a worker failed; what it said is part of the message.
     """
-    for name, value, least in (("max_batch", max_batch, 1), ("num_spec", num_spec, 0), ("workers", workers or 0, 0)):
-        if value < least:
-            raise OptionError("warmup", name, value, f"at least {least}")
+    args = Arguments("warmup")
+    args.whole("max_batch", max_batch, least=1)
+    args.whole("num_spec", num_spec, least=0)
+    args.whole("workers", workers or 0, least=0)
     for name, value in (("dtype", dtype), ("state_dtype", state_dtype)):
-        if value not in FLOATS:
-            raise OptionError("warmup", name, value, describe_dtypes(FLOATS))
+        args.word(name, value, FLOATS, describe_dtypes(FLOATS))
     started = time.perf_counter()
     shapes = _Shapes(config, dtype, state_dtype, max_batch, num_spec, str(device))
     if torch.device(device).type == "cpu":

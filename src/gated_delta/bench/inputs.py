@@ -1,7 +1,5 @@
 """Random inputs for a case, in as many sets as it takes to keep them out of the caches."""
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,7 @@ from gated_delta.bench.cases import MODELS, NO_MODEL, STATES, Case
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.state import StatePool
-from gated_delta.testing.inputs import Inputs, prefill_inputs, recurrent_inputs, with_state
+from gated_delta.testing.inputs import Inputs, cu_seqlens, prefill_inputs, recurrent_inputs, with_state
 
 MOST_SETS = 256
 SHARED = ("cu_seqlens", "slots", "token_slots", "weight", "batch")
@@ -41,10 +39,6 @@ def nbytes(inputs: Inputs) -> int:
     layer = inputs.get("layer")
     weights = sum(p.nbytes for p in layer.parameters()) if layer is not None else 0
     return weights + sum(x.nbytes for x in inputs.values() if isinstance(x, Tensor))
-
-
-def _starts(case: Case) -> Tensor:
-    return torch.tensor([*accumulate(case.lengths, initial=0)], dtype=torch.int32)
 
 
 def _prefill(case: Case) -> Inputs:
@@ -78,7 +72,7 @@ def _conv(case: Case) -> Inputs:
     by_channel = case.form == "update D"
     states = normal(rows, width - 1, channels).transpose(1, 2) if by_channel else normal(rows, channels, width - 1)
     x, weight = normal(sum(case.lengths), channels), normal(channels, width)
-    return {"x": x, "conv_states": states, "weight": weight, "cu_seqlens": _starts(case)}
+    return {"x": x, "conv_states": states, "weight": weight, "cu_seqlens": cu_seqlens(case.lengths)}
 
 
 def _norm(case: Case) -> Inputs:
@@ -88,17 +82,15 @@ def _norm(case: Case) -> Inputs:
 
 def _layer(case: Case) -> Inputs:
     """A layer with weights of its own, states in a pool, and a step that goes on from them."""
-    h, hv, size_k, size_v = case.heads
+    h, hv, k, v = case.heads
     _, hidden = MODELS.get(case.heads, NO_MODEL)
-    config = GatedDeltaNetConfig(
-        hidden_size=hidden, num_k_heads=h, num_v_heads=hv, head_k_dim=size_k, head_v_dim=size_v
-    )
+    config = GatedDeltaNetConfig(hidden_size=hidden, num_k_heads=h, num_v_heads=hv, head_k_dim=k, head_v_dim=v)
     layer = GatedDeltaNetAttention(config).to(torch.bfloat16).requires_grad_(False)
     x = normal(sum(case.lengths), hidden)
     pool = StatePool(config, layers=1, slots=len(case.lengths), conv_dtype=torch.bfloat16, device=x.device)
     state = pool.layer(0)
     state.conv.normal_()
-    state.recurrent.normal_().mul_(size_k**-0.5)
+    state.recurrent.normal_().mul_(k**-0.5)
     batch = GatedDeltaNetBatch.build([Row(n, slot) for slot, n in enumerate(case.lengths)], device=x.device)
     return {"layer": layer, "batch": batch, "layer_state": state, "hidden": x, "recurrent": state.recurrent}
 

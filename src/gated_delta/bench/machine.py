@@ -29,10 +29,9 @@ def facts(device: str) -> dict[str, str]:
 
 def clocks(device: str) -> dict[str, float]:
     """``sm_mhz`` and ``watts`` as the driver's own tool tells them now; what it does not know is left out."""
-    texts = (
-        zip(("sm_mhz", "watts"), _asked("clocks.sm,power.draw").split(","), strict=False) if device == "cuda" else ()
-    )
-    return {name: float(text) for name, text in texts if re.fullmatch(r" *\d+(\.\d+)? *", text)}
+    texts = _asked("clocks.sm,power.draw").split(",") if device == "cuda" else []
+    named = zip(("sm_mhz", "watts"), texts, strict=False)
+    return {name: float(text) for name, text in named if re.fullmatch(r" *\d+(\.\d+)? *", text)}
 
 
 def _asked(what: str) -> str:

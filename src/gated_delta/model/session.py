@@ -59,10 +59,8 @@ class Session:
     def begin(self, tokens: int) -> GatedDeltaNetBatch:
         """Describe a step of ``tokens`` tokens a row; :meth:`keep` ends it."""
         if self.length + tokens > self.config.max_positions:
-            was = f"{self.length + tokens} tokens long"
-            raise OptionError(
-                "Session", "the context", was, f"at most {self.config.max_positions}, the model's positions"
-            )
+            was, most = f"{self.length + tokens} tokens long", self.config.max_positions
+            raise OptionError("Session", "the context", was, f"at most {most}, the model's positions")
         rows: list[Row | SpecRow] = [Row(tokens, slots[0], fresh=self.length == 0) for slots in self._slots]
         if self.drafts and self.length:
             rows = [SpecRow(tokens, slots, self._accepted) for slots in self._slots]

@@ -48,6 +48,11 @@ def _generator(seed: int | None) -> torch.Generator | None:
     return None if seed is None else torch.Generator().manual_seed(seed)
 
 
+def cu_seqlens(lengths: Sequence[int]) -> Tensor:
+    """The first token of every packed sequence, and one past the last token."""
+    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32)
+
+
 def prefill_inputs(
     lengths: Sequence[int],
     *,
@@ -81,7 +86,7 @@ def prefill_inputs(
         "g": g if g_space == "log" else g.exp(),
         "beta": torch.sigmoid(normal(total, heads)),
         "g_space": g_space,
-        "cu_seqlens": torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32),
+        "cu_seqlens": cu_seqlens(lengths),
     }
 
 

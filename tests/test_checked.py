@@ -159,6 +159,7 @@ def test_good_calls_pass(name: str) -> None:
             POOLED, {"initial_state_indices": T([3, 3, 3]), "output_state_indices": T([1, 2, -1])}, id="one slot forked"
         ),
         pytest.param(MTP, {"ssm_state_indices": T([[0, 0], [-1, -1], [5, 6]])}, id="steps that are not kept"),
+        pytest.param(MTP, {"initial_state_indices": T([-1, -1, -1])}, id="nothing but padding"),
         pytest.param(UPDATE, {"num_accepted_tokens": T([1, 3])}, id="fewest and most accepted tokens"),
         pytest.param("ragged", {"cu_seqlens": T([0, 0, 3])}, id="a row without tokens"),
     ],

@@ -97,8 +97,9 @@ def _run(
     """What both do with their arguments, as they came in."""
     args = operators.conv(call, activation)
     backend = dispatch.choose(dispatch.Request(args.where, call.x.device.type, call.x.dtype, 0, 0), backend)
+    output = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    call = call._replace(null_slot=library.slot_number(call.null_slot), output=output)
     if data.is_checked():
         data.conv(args.where, call)
-    output = torch.empty_like(call.x, memory_format=torch.contiguous_format)
-    operator(*call._replace(null_slot=library.slot_number(call.null_slot), output=output), backend)
+    operator(*call, backend)
     return output

@@ -174,14 +174,14 @@ def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = F
     args = operators.recurrent(where, call, state_name=state_name, single=single)
     request = dispatch.Request(where, q.device.type, q.dtype, args.sizes["K"], args.sizes["V"])
     backend = dispatch.choose(request, backend)
-    if data.is_checked():
-        data.recurrent(where, call)
     call = call._replace(
         scale=reference.resolve_scale(scale, request.head_k),
         null_slot=library.slot_number(null_slot),
         update_state=update and (token_slots is None or write_slots is not None),
         output=q.new_empty(v.shape) if output is None else output,
     )
+    if data.is_checked():
+        data.recurrent(where, call)
     library.recurrent(*call, backend)
     if not torch.compiler.is_compiling() and request.device == "cuda":
         plans.remember(fields, call.output, library.bound_recurrent(call, backend))

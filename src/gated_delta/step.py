@@ -50,12 +50,12 @@ def gated_delta_net_step(
         output,
     )  # fmt: skip
     backend = plans.judged((*call, backend), lambda: _judge(call, backend))
-    if data.is_checked():
-        data.step(call)
     if output is None:
         output = q.new_empty(len(v), v.shape[1] * v.shape[2], v.shape[3])
     scale, null_slot = reference.resolve_scale(scale, q.shape[-1]), library.slot_number(null_slot)
     call = call._replace(scale=scale, eps=float(eps), null_slot=null_slot, output=output)
+    if data.is_checked():
+        data.step(call)
     library.gated_delta_net_step(*call, backend)
     return output
 

@@ -57,36 +57,27 @@ def prefill(call: Prefill, max_seqlen: int | None) -> None:
 
 def recurrent(where: str, call: Recurrent) -> None:
     """Decode and several tokens. Rows of padding write nothing, whatever their other indices say."""
-    slots(where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
-    live: slice | Tensor = slice(None)
-    if call.read_slots is not None:
-        live = (call.read_slots >= 0) & (call.read_slots != slot_number(call.null_slot))
-    write_slots = None if call.write_slots is None else call.write_slots[live]
-    token_slots = None if call.token_slots is None else call.token_slots[live]
-    if call.update_state and write_slots is not None:
-        written_slots(where, "output_state_indices", write_slots, call.state, call.null_slot)
-    elif call.update_state and token_slots is None:
-        written_slots(where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
-    written_slots(where, "ssm_state_indices", token_slots, call.state, call.null_slot)
-    _races(where, call, write_slots, token_slots, live)
-
-
-def _races(
-    where: str, call: Recurrent, write_slots: Tensor | None, token_slots: Tensor | None, live: slice | Tensor
-) -> None:
-    """A slot that one row writes and another row writes too, or reads."""
     if call.read_slots is None:
         return
-    reads = call.read_slots[live].tolist()
-    writes: list[list[int]] = [[] for _ in reads]
-    for named in (write_slots, token_slots):
-        if named is not None and (call.update_state or named is token_slots):
-            for own, found in zip(writes, named.reshape(len(reads), -1).tolist(), strict=True):
-                own.extend(found)
+    slots(where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
+    live = _live(call.read_slots, call.null_slot)
+    named = {"output_state_indices": call.write_slots, "ssm_state_indices": call.token_slots}
+    if call.update_state and call.write_slots is None:
+        named["initial_state_indices"] = call.read_slots
+    written = {name: indices[live] for name, indices in named.items() if indices is not None}
+    for name, indices in written.items():
+        written_slots(where, name, indices, call.state, call.null_slot)
+    columns = [x if x.dim() == 2 else x[:, None] for x in written.values()]
+    if columns:
+        _races(where, call.read_slots[live].tolist(), torch.cat(columns, dim=1).tolist(), call.null_slot)
+
+
+def _races(where: str, reads: list[int], writes: list[list[int]], null_slot: int) -> None:
+    """A slot that one row writes and another row writes too, or reads."""
     writer: dict[int, int] = {}
     for row, own in enumerate(writes):
         for slot in own:
-            if slot >= 0 and slot != slot_number(call.null_slot) and writer.setdefault(slot, row) != row:
+            if slot >= 0 and slot != null_slot and writer.setdefault(slot, row) != row:
                 must = "written by one row only"
                 raise DataError(where, "a slot", f"{slot}, written by rows {writer[slot]} and {row}", must)
     for row, slot in enumerate(reads):
@@ -108,22 +99,26 @@ def cu_seqlens(where: str, starts: Tensor, total: int, max_seqlen: int | None = 
         raise DataError(where, f"cu_seqlens[{len(values) - 1}]", values[-1], f"at most the {total} packed tokens")
 
 
-def slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int | None = None) -> None:
-    """Slots to read: below the size of the pool. (Negative ones and ``null_slot`` are padding.)"""
+def _live(indices: Tensor, null_slot: int) -> Tensor:
+    """Which name a slot; the others are padding."""
+    return (indices >= 0) & (indices != null_slot)
+
+
+def slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int) -> None:
+    """Slots to read: below the size of the pool."""
     if indices is None or pool is None:
         return
-    beyond = indices[(indices >= pool.shape[0]) & (indices != slot_number(null_slot))]
+    beyond = indices[(indices >= pool.shape[0]) & (indices != null_slot)]
     if beyond.numel():
         raise DataError(where, name, f"{int(beyond[0])} somewhere", f"below {pool.shape[0]}, the slots of the pool")
 
 
-def written_slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int | None) -> None:
+def written_slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int) -> None:
     """Slots to write: in range, and none named twice (two rows that write one slot race)."""
     slots(where, name, indices, pool, null_slot)
     if indices is None or pool is None:
         return
-    live = indices[(indices >= 0) & (indices != slot_number(null_slot))].flatten()
-    values, counts = live.unique(return_counts=True)
+    values, counts = indices[_live(indices, null_slot)].unique(return_counts=True)
     if (counts > 1).any():
         slot = int(values[counts > 1][0])
         raise DataError(where, name, f"{slot} more than once", "different for every row that writes")
@@ -167,7 +162,7 @@ def batch_slots(batch: GatedDeltaNetBatch, state: LayerState) -> None:
     where = "GatedDeltaNetAttention"
     named = {"non_spec_state_indices": batch.non_spec_state_indices, "spec_state_indices": batch.spec_state_indices}
     for name, indices in named.items():
-        written_slots(where, name, indices, state.recurrent, state.null_slot)
+        written_slots(where, name, indices, state.recurrent, slot_number(state.null_slot))
     has, decodes = batch.has_initial_state, batch.num_decodes
     if has is not None and not bool(has[:decodes].all()):
         must = "True for every decode (a fresh row is a prefill, of one token too)"
@@ -193,7 +188,7 @@ def accepted(
         return
     most = columns - width + 2
     if state_indices is not None:
-        live = (state_indices >= 0) & (state_indices != slot_number(call.null_slot))
+        live = _live(state_indices, call.null_slot)
         counts, lengths = counts[live], None if lengths is None else lengths[live]
     if counts.numel():
         low, high = int(counts.min()), int(counts.max())

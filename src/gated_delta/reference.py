@@ -294,18 +294,10 @@ def _scan_chunk(state: Tensor, chunk: _Prepared) -> tuple[Tensor, Tensor]:
     return output, _plus_product(chunk.decay_in[..., -1:, :] * state, keys, chunk.decay_out * u)
 
 
-class _Step(NamedTuple):
-    """The chunks that all running sequences have at one step."""
-
-    prepared: _Prepared
-    tokens: Tensor
-    """Packed positions of their tokens, chunk after chunk."""
-    valid: Tensor | None
-    """Which of the chunks' rows these are; None for all."""
-
-
-def _steps(inputs: _Inputs, plan: _Plan) -> Iterator[_Step]:
-    """The steps of the scan, prepared many at a time."""
+def _steps(inputs: _Inputs, plan: _Plan) -> Iterator[tuple[_Prepared, Tensor, Tensor | None]]:
+    """What all running sequences have at each step of the scan, prepared many steps at a time: their chunks, the packed
+    positions of the tokens, chunk after chunk, and which of the chunks' rows these are, None for all.
+    """
     heads, chunk = inputs.alpha.shape[-1], plan.tokens.shape[1]
     most = max(1, _PREPARED_ELEMENTS // (heads * chunk * chunk))
     edges = list(accumulate(plan.widths, initial=0))
@@ -318,7 +310,7 @@ def _steps(inputs: _Inputs, plan: _Plan) -> Iterator[_Step]:
             here = slice(edges[i] - edges[step], edges[i + 1] - edges[step])
             tokens = plan.tokens[edges[i] : edges[i + 1]].flatten()
             valid = None if plan.full[i] else plan.valid[edges[i] : edges[i + 1]].flatten()
-            yield _Step(_Prepared(*(x[here] for x in prepared)), tokens if valid is None else tokens[valid], valid)
+            yield _Prepared(*(x[here] for x in prepared)), tokens if valid is None else tokens[valid], valid
         step = stop
 
 
@@ -366,12 +358,13 @@ def chunked(
     finished: list[Tensor] = []
     output = v.new_zeros(q.shape[0], heads, v.shape[-1], dtype=dtype) if out is None else out
     checkpoints: list[list[Tensor]] = [[] for _ in plan.order]
-    for i, step in enumerate(_steps(_Inputs(q, k, v, alpha, beta, scale, dtype, prepare or dtype), plan)):
+    inputs = _Inputs(q, k, v, alpha, beta, scale, dtype, prepare or dtype)
+    for i, (prepared, tokens, valid) in enumerate(_steps(inputs, plan)):
         width, done = plan.widths[i], (i + 1) * chunk
         finished.append(running[width:])
-        rows, running = _scan_chunk(running[:width], step.prepared)
+        rows, running = _scan_chunk(running[:width], prepared)
         rows = rows.transpose(1, 2).to(output.dtype, memory_format=torch.contiguous_format).flatten(0, 1)
-        output.index_copy_(0, step.tokens, rows if step.valid is None else rows[step.valid])
+        output.index_copy_(0, tokens, rows if valid is None else rows[valid])
         if checkpoint_every and done % checkpoint_every == 0:
             for row, sequence in enumerate(plan.order[:width]):
                 if spans[sequence][1] - spans[sequence][0] >= done:

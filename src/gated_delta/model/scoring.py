@@ -22,14 +22,10 @@ def score_steps(text: bytes, window: int) -> int:
     Raises:
         OptionError: the text has fewer than 2 bytes.
     """
-    _check(text)
-    windows = -(-(len(text) - 1) // window)
-    return sum(min(window, len(text) - 1 - first * window) for first in range(0, windows, ROWS))
-
-
-def _check(text: bytes) -> None:
     if len(text) < 2:
         raise OptionError("score", "the text", f"{len(text)} bytes long", "at least 2 bytes long")
+    windows = -(-(len(text) - 1) // window)
+    return sum(min(window, len(text) - 1 - first * window) for first in range(0, windows, ROWS))
 
 
 def score(
@@ -43,11 +39,10 @@ def score(
 
     ``advance(1)`` is called after every step, :func:`score_steps` times in all.
 
-    Raises:
-        OptionError: the text has fewer than 2 bytes.
+    Raises as :func:`score_steps`.
     """
     device, window = model.embedding.weight.device, model.config.max_positions
-    _check(text)
+    score_steps(text, window)
     predictions = len(text) - 1
     short = -predictions % window  # the last window is filled up with targets that do not count
     inputs = torch.tensor([*text[:-1], *[0] * short], device=device).view(-1, window)

@@ -89,10 +89,10 @@ class GatedDeltaNetBatch:
         if total > self.num_actual_tokens:
             must = f"at least {total}, the tokens of all rows"
             raise OptionError(args.where, "num_actual_tokens", self.num_actual_tokens, must)
-        args.sizes = {"rows": rows, "spec": spec, "P": total - self.num_spec_decode_tokens}
-        args.sizes["S"] = self.num_spec_decode_tokens
-        args.bound_by = {"rows": "num_decodes + num_prefills", "spec": "num_spec_decodes", "P": "the counts of tokens"}
-        args.bound_by["S"] = "num_spec_decode_tokens"
+        args.bind("rows", rows, "num_decodes + num_prefills")
+        args.bind("spec", spec, "num_spec_decodes")
+        args.bind("P", total - self.num_spec_decode_tokens, "the counts of tokens")
+        args.bind("S", self.num_spec_decode_tokens, "num_spec_decode_tokens")
         mixed = spec > 0 and rows > 0
         for name, shape, needed in (
             ("non_spec_query_start_loc", "rows+1", rows),

@@ -96,7 +96,7 @@ def _run(
 ) -> Tensor:
     """What both do with their arguments, as they came in."""
     args = operators.conv(call, activation)
-    backend = dispatch.choose(dispatch.Request(args.where, call.x.device.type, call.x.dtype, 0, 0), backend)
+    backend = dispatch.serving(args, call.x, backend)
     output = torch.empty_like(call.x, memory_format=torch.contiguous_format)
     call = call._replace(null_slot=library.slot_number(call.null_slot), output=output)
     if data.is_checked():

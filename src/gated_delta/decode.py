@@ -172,10 +172,9 @@ def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = F
         read_slots, null_slot, update, write_slots, token_slots, snapshots, output, output is None,
     )  # fmt: skip
     args = operators.recurrent(where, call, state_name=state_name, single=single)
-    request = dispatch.Request(where, q.device.type, q.dtype, args.sizes["K"], args.sizes["V"])
-    backend = dispatch.choose(request, backend)
+    backend = dispatch.serving(args, q, backend)
     call = call._replace(
-        scale=reference.resolve_scale(scale, request.head_k),
+        scale=reference.resolve_scale(scale, args.sizes["K"]),
         null_slot=library.slot_number(null_slot),
         update_state=update and (token_slots is None or write_slots is not None),
         output=q.new_empty(v.shape) if output is None else output,
@@ -183,6 +182,6 @@ def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = F
     if data.is_checked():
         data.recurrent(where, call)
     library.recurrent(*call, backend)
-    if not torch.compiler.is_compiling() and request.device == "cuda":
+    if not torch.compiler.is_compiling() and q.is_cuda:
         plans.remember(fields, call.output, library.bound_recurrent(call, backend))
     return call.output

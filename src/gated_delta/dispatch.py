@@ -9,9 +9,10 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gated_delta.errors import BackendError
-from gated_delta.validation.arguments import FLOATS, HEAD_SIZES, LISTED_HEAD_SIZES, describe_dtypes
+from gated_delta.validation.arguments import FLOATS, HEAD_SIZES, LISTED_HEAD_SIZES, Arguments, describe_dtypes
 
 RULES = (
     "chunk_gated_delta_rule", "gated_delta_rule_decode", "gated_delta_rule_decode_pretranspose", "gated_delta_rule_mtp",
@@ -170,3 +171,9 @@ def choose(request: Request, backend: str) -> str:
         raise BackendError(request.operator, "backend", repr(backend), f'"auto" or one of: {names}')
     refusals = "; ".join(f"{row.name}: {row.refuses(request)}" for row in BACKENDS)
     raise BackendError(request.operator, "backend", '"auto"', f"served by some backend, but none can ({refusals})")
+
+
+def serving(args: Arguments, x: Tensor, backend: str) -> str:
+    """The same for a call that was judged, of which ``x`` is the first argument."""
+    head_k, head_v = args.sizes.get("K", 0), args.sizes.get("V", 0)
+    return choose(Request(args.where, x.device.type, x.dtype, head_k, head_v), backend)

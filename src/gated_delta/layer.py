@@ -183,8 +183,8 @@ class GatedDeltaNetAttention(nn.Module):
             self._apply_to("out_proj", hidden.new_zeros(1, self.config.value_dim), self.config.hidden_size)
             self._probed = id(self.out_proj)
         c = self.config
-        args.sizes |= {"D": c.conv_dim, "HV": c.num_v_heads, "V": c.head_v_dim, "K": c.head_k_dim}
-        args.bound_by |= dict.fromkeys(("D", "HV", "V", "K"), "the layer's config")
+        for name, size in (("D", c.conv_dim), ("HV", c.num_v_heads), ("V", c.head_v_dim), ("K", c.head_k_dim)):
+            args.bind(name, size, "the layer's config")
         args.tensor("state.conv", state.conv, "P D C", FLOATS, any_stride=True, written=True)
         args.tensor("state.recurrent", state.recurrent, "P HV V K", FLOATS, written=True)
         most = args.sizes["C"] - c.conv_width + 2

@@ -31,7 +31,7 @@ def rms_norm_gated(
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
     args = operators.norm(x, z, weight, eps, activation, output)
-    backend = dispatch.choose(dispatch.Request(args.where, x.device.type, x.dtype, 0, 0), backend)
+    backend = dispatch.serving(args, x, backend)
     if output is None:
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
     library.rms_norm_gated(x, z, weight, float(eps), activation, output, backend)

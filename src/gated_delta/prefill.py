@@ -75,7 +75,7 @@ def _run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     args = operators.prefill(call, wants_state, max_seqlen, **words)
     q, sizes = call.q, args.sizes
-    backend = dispatch.choose(dispatch.Request(args.where, q.device.type, q.dtype, sizes["K"], sizes["V"]), backend)
+    backend = dispatch.serving(args, q, backend)
     final = _final_state(call, sizes) if wants_state else call.final_state
     in_place = final is not None and final is call.initial_state
     call = call._replace(

@@ -49,7 +49,7 @@ def gated_delta_net_step(
         scale, eps, activation, allow_neg_eigval, state_indices, cu_seqlens, num_accepted_tokens, tickets, null_slot,
         output,
     )  # fmt: skip
-    backend = plans.judged((*call, backend), lambda: _judge(call, backend))
+    backend = plans.judged((*call, backend), lambda: dispatch.serving(operators.step(call), q, backend))
     if output is None:
         output = q.new_empty(len(v), v.shape[1] * v.shape[2], v.shape[3])
     scale, null_slot = reference.resolve_scale(scale, q.shape[-1]), library.slot_number(null_slot)
@@ -58,10 +58,3 @@ def gated_delta_net_step(
         data.step(call)
     library.gated_delta_net_step(*call, backend)
     return output
-
-
-def _judge(call: library.GatedDeltaNetStep, backend: str) -> str:
-    """The backend that serves the call."""
-    args = operators.step(call)
-    request = dispatch.Request(args.where, call.q.device.type, call.q.dtype, args.sizes["K"], args.sizes["V"])
-    return dispatch.choose(request, backend)

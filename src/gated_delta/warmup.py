@@ -197,15 +197,15 @@ def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
         known: it is said which slots of the pool hold a state to start from; without a pool, there are such states.
     """
     c = s.config
-    heads = (c.num_k_heads, c.head_k_dim)
+    sizes = (c.head_k_dim, c.head_k_dim, c.head_v_dim)
     for rows in s.batches[: 256 // c.num_v_heads + 1 if length <= 200 else 1]:
         total = rows * length
-        q, k, v = s.empty(total, c.conv_dim).split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
+        parts = s.empty(total, c.conv_dim).split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(parts, sizes, strict=True))
         states = s.empty(rows, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=s.state_dtype)
         gates = s.empty(total, c.num_v_heads, dtype=torch.float32)
         x: dict[str, Any] = {
-            "q": q.unflatten(-1, heads), "k": k.unflatten(-1, heads),
-            "v": v.unflatten(-1, (c.num_v_heads, c.head_v_dim)), "g": gates, "beta": gates,
+            "q": q, "k": k, "v": v, "g": gates, "beta": gates,
             "cu_seqlens": torch.arange(rows + 1, dtype=torch.int32, device=s.device) * length,
             "use_qk_l2norm_in_kernel": pooled,
         }  # fmt: skip
@@ -227,19 +227,15 @@ def _around(s: _Shapes) -> None:
     columns = c.conv_width - 1 + s.num_spec
     states = [s.empty(1, columns, c.conv_dim).transpose(1, 2), s.empty(1, c.conv_dim, columns)]
     states += [x.float() for x in states] if s.dtype != torch.float32 else []
+    x = s.empty(max(tokens, s.num_spec + 1), c.conv_dim)
     for conv_states in states:
-        x = s.empty(tokens, c.conv_dim)
+        rows: dict[str, Any] = {"conv_states": conv_states, "weight": weight, "state_indices": slots}
         for known in (None, torch.ones(1, dtype=torch.bool, device=s.device)):
-            causal_conv1d(
-                x, weight, conv_states=conv_states, cu_seqlens=starts, state_indices=slots, has_initial_state=known
-            )
-        causal_conv1d_update(x[:1], conv_states, weight, state_indices=slots)
+            causal_conv1d(x[:tokens], **rows, cu_seqlens=starts, has_initial_state=known)
+        causal_conv1d_update(x[:1], **rows)
         if s.num_spec:
             accepted, step = torch.ones_like(slots), starts.clamp(max=s.num_spec + 1)
-            causal_conv1d_update(
-                x[: s.num_spec + 1], conv_states, weight, state_indices=slots, num_accepted_tokens=accepted,
-                cu_seqlens=step,
-            )  # fmt: skip
-    for rows in (1, s.max_batch):
-        y = s.empty(rows, c.num_v_heads, c.head_v_dim)
+            causal_conv1d_update(x[: s.num_spec + 1], **rows, num_accepted_tokens=accepted, cu_seqlens=step)
+    for count in (1, s.max_batch):
+        y = s.empty(count, c.num_v_heads, c.head_v_dim)
         rms_norm_gated(y, y, s.empty(c.head_v_dim, dtype=torch.float32), c.norm_eps, c.output_gate)

@@ -66,6 +66,13 @@ class Arguments:
         if written and any(step == 0 and size > 1 for size, step in zip(value.shape, value.stride(), strict=True)):
             raise LayoutError(self.where, name, "a view whose rows share memory", "memory of its own: it is written")
 
+    def bind(self, symbol: str, size: int, name: str) -> bool:
+        """Whether ``symbol`` has that size; if it had none, it has now, and from ``name``."""
+        if symbol not in self.sizes:
+            self.sizes[symbol] = size
+            self.bound_by[symbol] = name
+        return self.sizes[symbol] == size
+
     def optional(self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], **options: bool) -> None:
         """Check a tensor that may be left out; ``options`` are those of :meth:`tensor`."""
         if value is not None:
@@ -141,17 +148,11 @@ class Arguments:
             elif dim.startswith(">="):
                 fits = size >= self.sizes[dim[2:]]
             elif dim.endswith("+1"):
-                fits = size >= 1 and self._bind(dim[:-2], size - 1, name)
+                fits = size >= 1 and self.bind(dim[:-2], size - 1, name)
             else:
-                fits = self._bind(dim, size, name)
+                fits = self.bind(dim, size, name)
             if not fits:
                 self._mismatch(name, value, spec)
-
-    def _bind(self, symbol: str, size: int, name: str) -> bool:
-        if symbol not in self.sizes:
-            self.sizes[symbol] = size
-            self.bound_by[symbol] = name
-        return self.sizes[symbol] == size
 
     def _mismatch(self, name: str, value: Tensor, spec: str) -> None:
         names = (d.removeprefix(">=").removesuffix("+1") for d in spec.split())

@@ -192,10 +192,9 @@ def step(call: GatedDeltaNetStep) -> Arguments:
     args.tensor("z", call.z, "L H R V", FLOATS)
     for name, value in (("b", call.b), ("a", call.a)):
         args.tensor(name, value, "L H R", FLOATS)
-    heads, keys = args.sizes["H"], args.sizes["K"]
-    args.sizes["HV"] = heads * args.sizes["R"]
-    args.sizes["D"] = 2 * heads * keys + args.sizes["HV"] * args.sizes["V"]
-    args.bound_by |= {"HV": "H * R of v", "D": "q, k and v"}
+    heads, ratio, head_k, head_v = (args.sizes[name] for name in "HRKV")
+    args.bind("HV", heads * ratio, "H * R of v")
+    args.bind("D", heads * (2 * head_k + ratio * head_v), "q, k and v")
     args.tensor("conv_states", call.conv_states, "P D C", FLOATS, any_stride=True, written=True)
     args.tensor("state", call.state, "P HV V K", FLOATS, written=True)
     args.tensor("A_log", call.A_log, "HV", _F32)
@@ -247,8 +246,7 @@ def _prefill_heads(args: Arguments) -> None:
     if not (gva or gqa):
         must = "such that HQ = HK divides HV (grouped values) or HK = HV divides HQ (grouped queries)"
         raise ShapeError(args.where, "(HQ, HK, HV)", (hq, hk, hv), must)
-    args.sizes["HS"] = max(hq, hv)
-    args.bound_by["HS"] = "max(HQ, HV)"
+    args.bind("HS", max(hq, hv), "max(HQ, HV)")
 
 
 def _conv_weight(args: Arguments, name: str, weight: Tensor) -> None:

@@ -10,18 +10,10 @@ from gated_delta.validation import data, operators
 
 
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    conv_states: Tensor | None,
-    cu_seqlens: Tensor,
-    state_indices: Tensor | None,
-    has_initial_state: Tensor | None,
-    activation: str | None = "silu",
-    null_slot: int | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, conv_states: Tensor | None, cu_seqlens: Tensor,
+    state_indices: Tensor | None, has_initial_state: Tensor | None, activation: str | None = "silu",
+    null_slot: int | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Causal convolution over packed sequences: ``y_t = act(bias + sum_j weight_j x_(t-W+1+j))`` in fp32, with the
     inputs before a sequence's first token taken from its state.
 
@@ -52,18 +44,10 @@ def causal_conv1d(
 
 
 def causal_conv1d_update(
-    x: Tensor,
-    conv_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = "silu",
-    state_indices: Tensor | None,
-    num_accepted_tokens: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    null_slot: int | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    x: Tensor, conv_states: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu",
+    state_indices: Tensor | None, num_accepted_tokens: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    null_slot: int | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """The same convolution for rows of one or a few tokens that continue their states.
 
     Without ``num_accepted_tokens`` the history is columns 0 to W-2, and these hold the last W-1 inputs afterwards.

@@ -11,21 +11,10 @@ from gated_delta.validation import data, operators
 
 
 def gated_delta_rule_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    scale: float | None = None,
-    output: Tensor | None = None,
-    use_qk_l2norm: bool = True,
-    *,
-    allow_neg_eigval: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, A_log: Tensor, a: Tensor, dt_bias: Tensor, b: Tensor,
+    scale: float | None = None, output: Tensor | None = None, use_qk_l2norm: bool = True, *,
+    allow_neg_eigval: bool = False, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token of every sequence, states stored ``[B, HV, K, V]`` (V contiguous) and updated in place.
 
     ``alpha = exp(-exp(A_log) softplus(a + dt_bias))``, ``beta = sigmoid(b)``, then the rule of docs/contract.md
@@ -55,27 +44,13 @@ def gated_delta_rule_decode(
 
 
 def gated_delta_rule_decode_pretranspose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    scale: float | None = None,
-    output: Tensor | None = None,
-    use_qk_l2norm: bool = True,
-    initial_state: Tensor | None = None,
-    initial_state_indices: Tensor | None = None,
-    output_state_indices: Tensor | None = None,
-    intermediate_states_buffer: Tensor | None = None,
-    disable_state_update: bool = False,
-    *,
-    allow_neg_eigval: bool = False,
-    null_slot: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, A_log: Tensor, a: Tensor, dt_bias: Tensor, b: Tensor,
+    scale: float | None = None, output: Tensor | None = None, use_qk_l2norm: bool = True,
+    initial_state: Tensor | None = None, initial_state_indices: Tensor | None = None,
+    output_state_indices: Tensor | None = None, intermediate_states_buffer: Tensor | None = None,
+    disable_state_update: bool = False, *, allow_neg_eigval: bool = False, null_slot: int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token of every sequence (or several, as :func:`gated_delta_rule_mtp`), states stored
     ``[B, HV, V, K]`` (K contiguous) and updated in place: one state a row, or slots of a pool.
 
@@ -106,27 +81,12 @@ def gated_delta_rule_decode_pretranspose(
 
 
 def gated_delta_rule_mtp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial_state: Tensor,
-    initial_state_indices: Tensor,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    scale: float | None = None,
-    output: Tensor | None = None,
-    intermediate_states_buffer: Tensor | None = None,
-    ssm_state_indices: Tensor | None = None,
-    disable_state_update: bool | None = None,
-    use_qk_l2norm: bool = True,
-    output_state_indices: Tensor | None = None,
-    *,
-    allow_neg_eigval: bool = False,
-    null_slot: int | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, initial_state_indices: Tensor, A_log: Tensor, a: Tensor,
+    dt_bias: Tensor, b: Tensor, scale: float | None = None, output: Tensor | None = None,
+    intermediate_states_buffer: Tensor | None = None, ssm_state_indices: Tensor | None = None,
+    disable_state_update: bool | None = None, use_qk_l2norm: bool = True, output_state_indices: Tensor | None = None,
+    *, allow_neg_eigval: bool = False, null_slot: int | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """T >= 1 tokens of every row against states in a pool; a state stays in fp32 between the tokens of one call.
 
     Args:

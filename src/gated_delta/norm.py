@@ -8,15 +8,9 @@ from gated_delta.validation import operators
 
 
 def rms_norm_gated(
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    eps: float,
-    activation: str = "silu",
-    *,
-    output: Tensor | None = None,
+    x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str = "silu", *, output: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``x rsqrt(mean(x^2) + eps) weight act(z)`` over the last dimension, in fp32, rounded once.
 
     Args:

@@ -10,30 +10,14 @@ from gated_delta.validation import data, operators
 
 
 def chunk_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-    output: Tensor | None = None,
-    output_state: Tensor | None = None,
-    state_checkpoints: Tensor | None = None,
-    checkpoint_cu_starts: Tensor | None = None,
-    checkpoint_every_n_tokens: int = 0,
-    *,
-    g_space: str = "linear",
-    state_indices: Tensor | None = None,
-    has_initial_state: Tensor | None = None,
-    max_seqlen: int | None = None,
-    deterministic: str | None = None,
-    null_slot: int | None = None,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, beta: Tensor | None = None, scale: float | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, cu_seqlens: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False, output: Tensor | None = None, output_state: Tensor | None = None,
+    state_checkpoints: Tensor | None = None, checkpoint_cu_starts: Tensor | None = None,
+    checkpoint_every_n_tokens: int = 0, *, g_space: str = "linear", state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None, max_seqlen: int | None = None, deterministic: str | None = None,
+    null_slot: int | None = None, backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The gated delta rule over packed sequences: ``S <- alpha S + beta (v - alpha S k) k^T``, ``o = scale S q``
     (Yang, Kautz, Hatamizadeh 2024). HS = max(HQ, HV) state heads; HQ = HK divides HV, or HK = HV divides HQ.
     docs/contract.md sections 1, 2 and 5 have the rules in full.

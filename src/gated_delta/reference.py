@@ -130,18 +130,9 @@ def expand_heads(x: Tensor, heads: int, dim: int = -2) -> Tensor:
 
 
 def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    scale: float,
-    state: Tensor,
-    *,
-    keep_every: int = 0,
-    dtype: torch.dtype = torch.float32,
-    operands: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, scale: float, state: Tensor, *, keep_every: int = 0,
+    dtype: torch.dtype = torch.float32, operands: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """The rule token by token: q ``[B, T, HQ, K]``, k ``[B, T, HK, K]``, v ``[B, T, HV, V]``, alpha and beta
     ``[B, T, HS]``, state ``[B, HS, V, K]``.
 
@@ -326,21 +317,10 @@ class Chunked(NamedTuple):
 
 
 def chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    scale: float,
-    state: Tensor,
-    spans: Sequence[tuple[int, int]],
-    *,
-    checkpoint_every: int = 0,
-    chunk: int = CHUNK,
-    out: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    prepare: torch.dtype | None = None,
-) -> Chunked:
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, scale: float, state: Tensor,
+    spans: Sequence[tuple[int, int]], *, checkpoint_every: int = 0, chunk: int = CHUNK, out: Tensor | None = None,
+    dtype: torch.dtype = torch.float32, prepare: torch.dtype | None = None,
+) -> Chunked:  # fmt: skip
     """The rule by chunks, for packed sequences: q ``[L, HQ, K]``, k ``[L, HK, K]``, v ``[L, HV, V]``, alpha and beta
     ``[L, HS]``, initial state ``[N, HS, V, K]``; sequence i is the tokens ``spans[i]``, first to one past the last;
     ``checkpoint_every`` is 0 or a multiple of ``chunk``. The output goes to ``out``, rounded to its dtype, if that is

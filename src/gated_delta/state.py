@@ -43,18 +43,10 @@ class StatePool:
     """
 
     def __init__(
-        self,
-        config: GatedDeltaNetConfig,
-        *,
-        layers: int,
-        slots: int,
-        num_spec: int = 0,
-        conv_dtype: torch.dtype = torch.float32,
-        state_dtype: torch.dtype = torch.float32,
-        conv_layout: str = "SD",
-        reserve_null: bool = False,
-        device: torch.device | str = "cpu",
-    ) -> None:
+        self, config: GatedDeltaNetConfig, *, layers: int, slots: int, num_spec: int = 0,
+        conv_dtype: torch.dtype = torch.float32, state_dtype: torch.dtype = torch.float32, conv_layout: str = "SD",
+        reserve_null: bool = False, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         args = Arguments("StatePool")
         args.whole("layers", layers, least=1)
         args.whole("slots", slots, least=1 + reserve_null)

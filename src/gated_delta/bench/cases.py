@@ -161,17 +161,10 @@ _ONLY = {"V-major": ("fp32",), "pool": ("bf16", "fp16")}
 
 
 def select(
-    groups: Sequence[str] = DEFAULT_GROUPS,
-    *,
-    heads: Sequence[Heads] = (),
-    sequences: Sequence[str] = (),
-    batches: Sequence[int] = (),
-    tokens: Sequence[int] = (),
-    states: Sequence[str] = ("fp32", "bf16"),
-    gates: Sequence[str] = ("model",),
-    quick: bool = False,
-    small: bool = False,
-) -> list[Case]:
+    groups: Sequence[str] = DEFAULT_GROUPS, *, heads: Sequence[Heads] = (), sequences: Sequence[str] = (),
+    batches: Sequence[int] = (), tokens: Sequence[int] = (), states: Sequence[str] = ("fp32", "bf16"),
+    gates: Sequence[str] = ("model",), quick: bool = False, small: bool = False,
+) -> list[Case]:  # fmt: skip
     """The cases asked for, group by group; what is empty is taken from :data:`PLAN`, ``small`` for a CPU."""
 
     def default(text: str) -> list[str]:

@@ -29,12 +29,9 @@ def score_steps(text: bytes, window: int) -> int:
 
 
 def score(
-    model: HybridLM,
-    text: bytes,
-    *,
-    state_dtype: torch.dtype = torch.float32,
+    model: HybridLM, text: bytes, *, state_dtype: torch.dtype = torch.float32,
     advance: Callable[[int], object] = lambda steps: None,
-) -> float:
+) -> float:  # fmt: skip
     """Bits per byte of ``text`` under ``model``, in windows of the model's positions that each start from nothing.
 
     ``advance(1)`` is called after every step, :func:`score_steps` times in all.

@@ -54,19 +54,10 @@ def cu_seqlens(lengths: Sequence[int]) -> Tensor:
 
 
 def prefill_inputs(
-    lengths: Sequence[int],
-    *,
-    hq: int = 2,
-    hk: int = 2,
-    hv: int = 4,
-    head_k: int = 64,
-    head_v: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    gates: str = "model",
-    g_space: str = "log",
-    similar_keys: bool = False,
+    lengths: Sequence[int], *, hq: int = 2, hk: int = 2, hv: int = 4, head_k: int = 64, head_v: int = 64,
+    dtype: torch.dtype = torch.bfloat16, gates: str = "model", g_space: str = "log", similar_keys: bool = False,
     seed: int | None = 0,
-) -> Inputs:
+) -> Inputs:  # fmt: skip
     """Arguments of ``chunk_gated_delta_rule``: normalised q and k, ``beta = sigmoid(N(0,1))``, gates as
     :func:`raw_gates` makes them. ``similar_keys`` points all keys of a head roughly the same way, which makes the
     system inside a chunk as stiff as it gets.
@@ -98,18 +89,10 @@ def with_state(inputs: Inputs, *, dtype: torch.dtype = torch.float32, seed: int 
 
 
 def recurrent_inputs(
-    batch: int,
-    tokens: int = 1,
-    *,
-    h: int = 2,
-    hv: int = 4,
-    head_k: int = 64,
-    head_v: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    state_dtype: torch.dtype = torch.float32,
-    gates: str = "model",
+    batch: int, tokens: int = 1, *, h: int = 2, hv: int = 4, head_k: int = 64, head_v: int = 64,
+    dtype: torch.dtype = torch.bfloat16, state_dtype: torch.dtype = torch.float32, gates: str = "model",
     seed: int | None = 0,
-) -> Inputs:
+) -> Inputs:  # fmt: skip
     """Arguments of the decode operators with raw gates; ``state`` is ``[B, HV, V, K]``."""
     generator = _generator(seed)
     normal = partial(torch.randn, generator=generator)

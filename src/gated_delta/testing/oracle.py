@@ -21,21 +21,11 @@ class Evaluation(NamedTuple):
 
 
 def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-    g_space: str = "linear",
-    checkpoint_every_n_tokens: int = 0,
-    dtype: torch.dtype = torch.float64,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, beta: Tensor | None = None, *, cu_seqlens: Tensor,
+    scale: float | None = None, initial_state: Tensor | None = None, use_qk_l2norm_in_kernel: bool = False,
+    g_space: str = "linear", checkpoint_every_n_tokens: int = 0, dtype: torch.dtype = torch.float64,
     operands: torch.dtype | None = None,
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     """``chunk_gated_delta_rule`` on packed sequences. In fp32 (the plain evaluation) normalised q and k are rounded
     to the activation dtype, which is where a tensor-core kernel must hold them; with ``operands`` what enters a
     product otherwise (the state, u) is rounded to that dtype, too.
@@ -64,20 +54,10 @@ def prefill(
 
 
 def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    A_log: Tensor,
-    a: Tensor,
-    dt_bias: Tensor,
-    b: Tensor,
-    scale: float | None = None,
-    *,
-    use_qk_l2norm: bool = True,
-    allow_neg_eigval: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, A_log: Tensor, a: Tensor, dt_bias: Tensor, b: Tensor,
+    scale: float | None = None, *, use_qk_l2norm: bool = True, allow_neg_eigval: bool = False,
     dtype: torch.dtype = torch.float64,
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     """Decode and several tokens, one state ``[B, HV, V, K]`` a row."""
     q, k = q.to(dtype), k.to(dtype)
     if use_qk_l2norm:
@@ -89,15 +69,9 @@ def recurrent(
 
 
 def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    history: Tensor,
-    cu_seqlens: Tensor,
-    activation: str | None,
-    *,
+    x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor, cu_seqlens: Tensor, activation: str | None, *,
     dtype: torch.dtype = torch.float64,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Causal convolution by its definition, one token and tap at a time; history ``[N, W-1, D]`` -> ``[L, D]``."""
     width = weight.shape[1]
     y = torch.zeros(x.shape, dtype=dtype)

@@ -33,15 +33,9 @@ class Arguments:
         self._device: tuple[str, torch.device] | None = None
 
     def tensor(
-        self,
-        name: str,
-        value: Any,
-        spec: str,
-        dtypes: Collection[torch.dtype],
-        *,
-        any_stride: bool = False,
+        self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], *, any_stride: bool = False,
         written: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Check one required tensor: its type, rank and sizes, dtype, device, gradient and strides."""
         if not isinstance(value, Tensor):
             must = f"a tensor [{', '.join(spec.split())}] of {describe_dtypes(dtypes)}"

@@ -24,16 +24,9 @@ _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
 def bind(
-    kernel: Any,
-    grid: tuple[int, ...],
-    args: Sequence[Any],
-    constants: dict[str, Any],
-    *,
-    warps: int,
-    stages: int = 1,
-    registers: int | None = None,
-    bound: int = 0,
-) -> Start:
+    kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], *, warps: int, stages: int = 1,
+    registers: int | None = None, bound: int = 0,
+) -> Start:  # fmt: skip
     """Compile ``kernel`` for such arguments, or take what was compiled (in this process, or in Triton's disk cache).
 
     Args:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gated_delta.bench.cases import STEPS
 from gated_delta.bench.peers import OURS
-from gated_delta.bench.records import Row, cases_of
+from gated_delta.bench.records import Row, cases_of, with_best_peer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,8 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     """Draw what the rows have data for into the folder ``out``, and return the files. Of a contender that was timed
     twice in a case the last row counts; lines are drawn for the first set of gates.
     """
-    timed = list({row.key: row for row in rows if row.us and row.over_floor}.values())
+    last = {row.key: row for row in rows if row.us and row.over_floor}.values()
+    timed = [row for case in cases_of(last).values() for row in with_best_peer([*case.values()])]
     gates = next((row.gates for row in timed if row.gates), "")
     first = [row for row in timed if row.gates == gates]
     single = _main_layout([row for row in first if row.group == "prefill" and row.rows == 1])

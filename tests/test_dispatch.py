@@ -136,8 +136,8 @@ def test_what_the_triton_backend_refuses(
 @pytest.mark.parametrize("operator", dispatch.OPERATORS)
 def test_a_gpu_is_served_by_triton(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
-    fused = operator == "gated_delta_net_step"
-    assert gd.explain(operator, device="cuda").chosen == ("separate" if fused else "triton")
+    monkeypatch.setattr(dispatch, "_hopper", lambda: False)
+    assert gd.explain(operator, device="cuda").chosen == "triton"
 
 
 @pytest.mark.usefixtures("two")
@@ -233,3 +233,12 @@ def test_slots_that_a_pool_does_not_have() -> None:
             change()
         assert_fault(caught.value, PoolError, f"StatePool.{message}")
         assert pool.free_slots == 1  # all or none
+
+
+def test_rows_that_tiles_are_taken_of() -> None:
+    prefill = pytest.importorskip("gated_delta.kernels.gluon.prefill")
+    room = torch.zeros(4, 2056, dtype=torch.bfloat16)
+    heads = room[:, :2048].unflatten(-1, (-1, 128))
+    assert not prefill.tileable(heads), "the compiler would not know that rows begin at multiples of 16 bytes"
+    assert prefill.tileable(heads.contiguous())
+    assert not prefill.tileable(heads.contiguous()[:, :, 4:])

@@ -256,7 +256,7 @@ def test_siblings_do_not_disturb_each_other(shape: Shape) -> None:
 def test_explain_names_what_serves() -> None:
     large = gd.explain("gated_delta_net_step", device="cuda", head_k=256, head_v=256)
     small = gd.explain("gated_delta_net_step", device="cuda")
-    assert (small.chosen, large.chosen) == ("separate", "separate")
+    assert (small.chosen, large.chosen) == ("triton", "separate")
     assert small.reasons["triton"].startswith("can serve it")
     assert "its fused step holds states of up to 32768 numbers, and these have 65536" in large.reasons["triton"]
     with pytest.raises(BackendError, match="serves gated_delta_net_step, which it makes of other operators"):

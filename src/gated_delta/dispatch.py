@@ -103,9 +103,8 @@ def _gluon_refuses(request: Request) -> str | None:
 BACKENDS = (
     Backend("cpu", "plain torch, fp32 arithmetic", _cpu_refuses),
     Backend("gluon", "prefill by Hopper's warp groups and copy engine, in Gluon", _gluon_refuses),
-    # Before the fused step, until that has run on a GPU.
-    Backend("separate", "convolution, rule and norm by Triton kernels of their own", _separate_refuses),
     Backend("triton", "Triton kernels for any GPU", _fused_refuses),
+    Backend("separate", "convolution, rule and norm by Triton kernels of their own", _separate_refuses),
 )
 """A backend's name is that of its module in :mod:`gated_delta.kernels`."""
 
@@ -128,13 +127,9 @@ class Explanation:
 
 
 def explain(
-    operator: str,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    head_k: int = 128,
+    operator: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, head_k: int = 128,
     head_v: int = 128,
-) -> Explanation:
+) -> Explanation:  # fmt: skip
     """Say which backend ``backend="auto"`` picks for ``operator`` (a name of :data:`OPERATORS`) and why.
 
     Raises:

@@ -86,11 +86,13 @@ def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, hea
 
 
 def hopper(
-    groups: int, part: int = 0, *, dtype: torch.dtype = BF16, norm: bool = True, log: bool = True,
+    groups: int, part: int = 0, stages: int = 3, *, dtype: torch.dtype = BF16, norm: bool = True, log: bool = True,
     checkpoints: bool = True,
 ) -> None:  # fmt: skip
-    """The same by the kernels for Hopper, and by their other plans: so many groups, parts of so many tokens."""
-    HOSTS["hopper"].plan = lambda *_: HOSTS["hopper"].Plan(groups, part)
+    """The same by the kernels for Hopper, and by their other plans: so many groups (the third prepares), parts of so
+    many tokens, room for so many chunks.
+    """
+    HOSTS["hopper"].plan = lambda *_: HOSTS["hopper"].Plan(min(groups, 2), part, groups == 3, stages)
     q, v, gate = empty(8192, 16, 128, dtype=dtype), empty(8192, 32, 128, dtype=dtype), empty(8192, 32, dtype=FP32)
     starts, slots = empty(9, dtype=INT), empty(8, dtype=INT)
     pool = empty(64, 32, 128, 128, dtype=FP32)
@@ -187,6 +189,12 @@ HOPPER: dict[str, Callable[[], None]] = {
     "one group": lambda: hopper(1),
     "one group, plain": lambda: hopper(1, norm=False, log=False, checkpoints=False),
     "one group, fp16": lambda: hopper(1, dtype=FP16),
+    "one chunk": lambda: hopper(1, stages=1),
+    "one chunk, fp16": lambda: hopper(1, stages=1, dtype=FP16),
+    "make": lambda: hopper(3),
+    "make, plain": lambda: hopper(3, norm=False, log=False, checkpoints=False),
+    "make, fp16": lambda: hopper(3, dtype=FP16),
+    "make, fp16, plain": lambda: hopper(3, dtype=FP16, norm=False, log=False, checkpoints=False),
     "parts": lambda: hopper(2, 1024),
     "parts, fp16": lambda: hopper(2, 1024, dtype=FP16, checkpoints=False),
     "parts, one group": lambda: hopper(1, 1024),
@@ -273,7 +281,30 @@ def figures(binary: bytes) -> dict[str, Any]:
     names = [line.split()[0] for line in lines]
     usage = {"registers": registers, "stack": stack, "local": local}
     faults = {"wrong_descriptors": wrong_descriptors(lines), "overwritten_operands": overwritten_operands(code)}
-    return {**usage, **faults, "instructions": names}
+    return {**usage, **faults, "instructions": names, "reloads": reloads(code)}
+
+
+def reloads(code: str) -> dict[int, int]:
+    """What loops read from the stack: by their number of wgmmas, of the shortest loop that has so many."""
+    steps, labels = steps_of(code)
+    found: dict[int, tuple[int, int]] = {}
+    for i, step in enumerate(steps):
+        back = re.match(r"BRA\b.*`\((\.L_x_\d+)\)", step)
+        if back and labels.get(back[1], i + 1) <= i:
+            loop = steps[labels[back[1]] : i + 1]
+            read, products = (sum(x.startswith(name) for x in loop) for name in ("LDL", "HGMMA"))
+            found[products] = min(found.get(products, (len(steps), 0)), (len(loop), read))
+    return {products: read for products, (_, read) in found.items() if products}
+
+
+def steps_of(code: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions without their predicates, and which of them a label stands before."""
+    steps: list[str] = []
+    labels: dict[str, int] = {}
+    for label, step in re.findall(r"(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?) *;", code):
+        labels |= {label: len(steps)} if label else {}
+        steps += [step] if step else []
+    return steps, labels
 
 
 def wrong_descriptors(lines: list[str]) -> list[str]:
@@ -297,11 +328,7 @@ def overwritten_operands(code: str) -> list[str]:
     Along the text, loops twice: a wgmma runs until ``WARPGROUP.DEPBAR`` leaves fewer groups (``gsb0`` ends one) than
     came after it.
     """
-    steps: list[str] = []
-    labels: dict[str, int] = {}
-    for label, step in re.findall(r"(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?) *;", code):
-        labels |= {label: len(steps)} if label else {}
-        steps += [step] if step else []
+    steps, labels = steps_of(code)
     order: list[str] = []
     for i, step in enumerate(steps):
         order.append(step)

@@ -7,9 +7,10 @@ the order:
 * Races. Whatever partitions do to shared memory carries a time on vector clocks, which barriers hand on. Two accesses
   that no barrier orders, one of them a write, are an error, and so is a product, or a tile of the copy engine, on what
   was written without a fence in between. What the copy engine wrote needs none: products read as it writes.
-* An asynchronous copy spoils its destination at once and lands later, in no order but that of a barrier. A product
-  reads its operands in shared memory, and what it adds to, only when it is waited for; until then its result is nothing
-  to compute with, and nothing is allocated: the compiler takes a product's operands for free once it is issued.
+* An asynchronous copy spoils its destination at once and lands later, in no order but that of a barrier, or when its
+  partition waits for all its copies. A product reads its operands in shared memory, and what it adds to, only when it
+  is waited for; until then its result is nothing to compute with, and nothing is allocated: the compiler takes a
+  product's operands for free once it is issued.
 * Barriers count as the hardware does. An arrival that nobody expects is an error; where all partitions wait, the error
   says for which barriers.
 
@@ -350,6 +351,15 @@ def copy_tile(tensor: Tiled, place: Sequence[Any], barrier: Barrier, smem: Share
         barrier.receive(copier, data.nbytes)
 
     here.partition.block.landing.append(land)
+
+
+def copies_land(number: int) -> None:
+    """Wait for all copies of this partition."""
+    partition: Partition = here.partition
+    for smem, data, copier in partition.copies:
+        smem.data.copy_(data)
+        partition.agent.learn(copier)
+    partition.copies = []
 
 
 def copies_arrive(barrier: Barrier, increment_count: bool = True) -> None:

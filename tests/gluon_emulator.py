@@ -29,6 +29,7 @@ from gluon_block import (
     Memory,
     Shared,
     copies_arrive,
+    copies_land,
     copy_tile,
     copy_to_shared,
     fence_async_shared,
@@ -76,6 +77,7 @@ LANGUAGE = SimpleNamespace(
     zeros=lambda shape, dtype, layout=None: Value(torch.zeros(*shape, dtype=TORCH[dtype])),
     full=lambda shape, value, dtype, layout=None: Value(torch.full(shape, value, dtype=TORCH[dtype])),
     sum=lambda x, axis: Value(x.data.sum(axis)),
+    max=lambda x, axis: Value(x.data.amax(axis)),
     reshape=lambda x, shape: Value(x.data.reshape(shape)),
     permute=lambda x, order: Value(x.data.permute(order)),
     convert_layout=lambda x, layout: x,
@@ -95,7 +97,11 @@ REPLACED: dict[int, Any] = {
         expect=lambda barrier, size: barrier.expect(here.partition.agent, size),
     ),
     id(async_copy): SimpleNamespace(
-        async_copy_global_to_shared=copy_to_shared, async_load=copy_to_shared, mbarrier_arrive=copies_arrive
+        async_copy_global_to_shared=copy_to_shared,
+        async_load=copy_to_shared,
+        mbarrier_arrive=copies_arrive,
+        commit_group=lambda: None,
+        wait_group=copies_land,
     ),
     id(hopper.fence_async_shared): fence_async_shared,
     id(hopper.warpgroup_mma): warpgroup_mma,

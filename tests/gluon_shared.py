@@ -41,18 +41,26 @@ def placed(ttgir: str, backend: Any, capability: int) -> str:
 
 
 def taken_operands(text: str) -> list[str]:
-    """What is placed where a product may still read, along the text. What a partition took over from the program is not
-    followed: it has its place as long as partitions run.
+    """What is placed where a product may still read, along the text. A partition (``warp_specialize``) has names of its
+    own; what it took over from the program is followed by its place among the operands.
     """
     places: dict[str, range] = {}
+    taken_over: list[range | None] = []
     running: list[list[range]] = []
     found: list[str] = []
     for line in text.splitlines():
+        if re.match(r"\s*partition\d+\(", line):
+            own = re.findall(r"%(\w+): ", line)
+            places = {name: place for name, place in zip(own, taken_over, strict=True) if place is not None}
+            running = []
+            continue
         name, operation, rest = (x or "" for x in match.groups()) if (match := OPERATION.match(line)) else ("", "", "")
         offset = re.search(r"allocation\.offset = (\d+)", rest)
         if offset and any(int(offset[1]) in place for product in running for place in product):
             found.append(f"{operation} at {offset[1]}")
-        if operation == "ttg.local_alloc" and offset:
+        if operation == "ttg.warp_specialize":
+            taken_over = [places.get(x) for x in re.findall(r"%(\w+)", rest.split(") attributes")[0])]
+        elif operation == "ttg.local_alloc" and offset:
             *shape, kind = re.findall(r"memdesc<([\dx]+x\w+)", rest)[0].split("x")
             size = math.prod(map(int, shape)) * WIDTHS[kind]
             places[name] = range(int(offset[1]), int(offset[1]) + size)

@@ -36,8 +36,10 @@ STEP_REGISTERS = {"step, heads of 96 and 192": 255, "step, 4 tokens": 255, "step
 SPILLED = {("step_kernel", None): 16, ("chain", 1): 184, ("chain", 3): 32}
 """Bytes of the stack that kernels may take, by stages; all others none."""
 
-FP16_SPILLED = 16
-"""Bytes of the stack that kernels of Hopper's prefill take in fp16 by Triton 3.6, outside of loops; in bf16 none."""
+HOPPER_SPILLED = {"make": (56, 1), "make, plain": (48, 1), "make, fp16": (64, 8), "make, fp16, plain": (104, 8)}
+"""Bytes of the stack that kernels of Hopper's prefill take by Triton 3.6, and loads from there in the loop of the group
+that prepares (bf16 0 and 1, fp16 6 and 8); all others none.
+"""
 
 
 def compiled(cache: Path, capabilities: str, *groups: str) -> Kernels:
@@ -131,16 +133,30 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     return {name.removeprefix("sm_90, "): x for name, x in kernels.items()}
 
 
+def makes(name: str) -> bool:
+    return name.startswith("make")
+
+
+def products_to_prepare(kernel: dict[str, Any]) -> str:
+    """K K and Q K, T in two parts for P' and for X, and the inverse's four, in fp16 of three products each."""
+    return str(8 + 8 + 2 * 4 + 2 * 8 + 2 * 8 * (3 if "fp16" in kernel["case"] else 1))
+
+
 def test_prefill_of_hopper(hopper: Kernels) -> None:
     parts = ("summary", "states_before")
     launched = {case: ("prepare", "chain", *(parts if "parts" in case else ())) for case in compile_kernels.HOPPER}
+    launched |= {case: ("chain",) for case in launched if makes(case)}
     assert hopper.keys() == {f"{case}, {kernel}" for case, kernels in launched.items() for kernel in kernels}
-    assert {name: x["stack"] for name, x in hopper.items() if x["stack"] > FP16_SPILLED * ("fp16" in name)} == {}
     for name, kernel in hopper.items():
+        stack, loads = HOPPER_SPILLED.get(kernel["case"], (0, 0))
+        assert kernel["stack"] <= stack, name
+        in_loops = kernel["reloads"][products_to_prepare(kernel)] if makes(name) else count(kernel, "LDL")
+        assert in_loops <= loads, name
         assert kernel["local"] == 0, name
         assert kernel["wrong_descriptors"] == kernel["overwritten_operands"] == kernel.get("serialised", []) == [], name
         assert kernel["shared"] <= compile_kernels.SHARED[90], name
-        assert count(kernel, "LDGSTS", "128" if kernel["kernel"] in ("prepare", "states_before") else "64") > 0, name
+        rows = kernel["kernel"] in ("prepare", "states_before") or makes(name)  # others bring vectors so
+        assert count(kernel, "LDGSTS", "128" if rows else "64") > 0, name
 
 
 def test_nothing_of_hopper_takes_the_place_of_what_a_product_reads(hopper: Kernels) -> None:
@@ -154,27 +170,40 @@ def test_chunks_of_hopper_are_prepared_four_to_a_processor(hopper: Kernels) -> N
             assert (kernel["shared"] + 1024) * 4 <= compile_kernels.SHARED[90] + 1024, name  # 1024 go with a program
 
 
+def test_processors_of_hopper_have_the_registers_for_a_chain(hopper: Kernels) -> None:
+    """For one program, and for two where sequences have one chunk."""
+    for name, kernel in hopper.items():
+        if kernel["kernel"] in ("chain", "summary"):
+            programs, threads = 1 + ("one chunk" in name), 128 * (1 + len(kernel["constants"]["REGISTERS"]))
+            assert kernel["registers"] * threads * programs <= 65536, name
+            assert (kernel["shared"] + 1024) * programs <= compile_kernels.SHARED[90] + 1024, name
+
+
 def test_products_of_hopper(hopper: Kernels) -> None:
-    """To prepare, K K and Q K, T in two parts for P' and for X, and to invert; a group has K S, Q S, P' Y, and X Y."""
+    """To prepare, K K and Q K, T in two parts for P' and for X, and to invert; a group has K S, Q S, P' Y, and X Y, and
+    where another one prepares, Q S and P' Y for 32 tokens at once.
+    """
     for name, kernel in hopper.items():
         groups = kernel["constants"].get("GROUPS", 2)
         narrow, wide = {
             "prepare": (8 + 8 + 2 * 4 + 2 * 8, 0),
-            "chain": (groups * (8 + 8 + 4), groups * 4),
+            "chain": (groups * (8 + 8 + 4) if not makes(name) else groups * 8 + 8 + 8 + 2 * 4 + 2 * 8, groups * 4),
             "summary": (groups * 8, groups * 4),
             "states_before": (0, 0),
         }[kernel["kernel"]]
-        inverse = (3 if "fp16" in name else 1) * 8 * (kernel["kernel"] == "prepare")
-        expected = {"64x64x16": narrow, "64x128x16": wide, "64x16x16": inverse, "64x32x16": inverse}
+        inverse = (3 if "fp16" in name else 1) * 8 * (kernel["kernel"] == "prepare" or makes(name))
+        outputs = groups * 2 * (8 + 4) * makes(name)
+        expected = {"64x64x16": narrow, "64x128x16": wide, "64x16x16": inverse, "64x32x16": inverse + outputs}
         assert {shape: count(kernel, "HGMMA", shape) for shape in expected} == expected, name
         assert count(kernel, "HGMMA") == sum(expected.values()), name
         assert (count(kernel, "HMMA") > 0) == (kernel["kernel"] == "states_before"), name
 
 
 def test_the_copy_engine_loads_on_hopper(hopper: Kernels) -> None:
-    """The tiles k, q, X and P', and one of v for a group; without outputs no q and no P'."""
+    """The tiles k, q, X and P', and one of v for a group; without outputs no q and no P', and X and P' if not made."""
     for name, kernel in hopper.items():
-        tiles = {"chain": 4 + kernel["constants"].get("GROUPS", 2), "summary": 2 + 2}.get(kernel["kernel"], 0)
+        chain = (2 if makes(name) else 4) + kernel["constants"].get("GROUPS", 2)
+        tiles = {"chain": chain, "summary": 2 + 2}.get(kernel["kernel"], 0)
         assert count(kernel, "UTMALDG", "2D") == tiles, name
 
 
@@ -214,6 +243,22 @@ def test_memory_given_away_while_a_product_reads_it_is_found(operation: str, off
     assert gluon_shared.taken_operands(ISSUED + WAITED + step) == []
 
 
+SPECIALIZED = """
+    ttg.warp_specialize(%rest, %sQ) attributes {allocation.offset = 4096 : i32}
+    partition0(%arg8: i32 loc(#loc), %arg9: !ttg.memdesc<2x8x64xbf16, #shared, #smem, mutable> loc(#loc)) num_warps(4) {
+"""
+
+
+@pytest.mark.parametrize(("offset", "is_taken"), [(0, False), (1024, True), (3072, False)])
+def test_memory_that_a_partition_took_over_is_known_to_it(offset: int, is_taken: bool) -> None:
+    allocated, *product = ISSUED.strip("\n").splitlines()
+    inside = "\n".join(product).replace("%sQ", "%arg9")
+    step = f"    %2 = ttg.convert_layout %x {{allocation.offset = {offset} : i32}} : tensor<64xf32>\n"
+    text = f"{allocated}{SPECIALIZED}{inside}\n{step}{WAITED}"
+    assert gluon_shared.taken_operands(text) == [f"ttg.convert_layout at {offset}"] * is_taken
+    assert gluon_shared.taken_operands(text.replace("%arg9[", "%sQ[")) == []
+
+
 def sass(*steps: str) -> str:
     return "\n".join(
         step if step.startswith(".L") else f"        /*{i:04x}*/  {step} ;" for i, step in enumerate(steps)
@@ -243,6 +288,14 @@ def test_an_operand_overwritten_while_a_product_reads_it_is_found(step: str) -> 
     assert compile_kernels.overwritten_operands(sass(SECOND, PRODUCT, WAIT.replace("x0", "x1"), step)) == found
     assert compile_kernels.overwritten_operands(sass(".L_x_1:", step, PRODUCT, "BRA `(.L_x_1)", WAIT)) == found
     assert compile_kernels.overwritten_operands(sass(".L_x_1:", step, PRODUCT, WAIT, "BRA `(.L_x_1)")) == []
+
+
+def test_what_loops_read_from_the_stack() -> None:
+    inner = (".L_x_2:", PRODUCT, "LDL R2, [R1]", "@P0 BRA `(.L_x_2)")
+    code = sass(
+        "LDL R2, [R1]", ".L_x_1:", "LDL.64 R4, [R1]", *inner, PRODUCT, "BRA `(.L_x_1)", "BRA `(.L_x_3)", ".L_x_3:"
+    )
+    assert compile_kernels.reloads(code) == {1: 1, 2: 2}
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,10 @@ def in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(host, "launch", gluon_emulator.launch)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 3])
 def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """That keep 64 values of a state each, in a program, where the plan would be for one."""
-    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(request.param, 0))
+    """That compute, in a program, where the plan would be for one: the third one prepares chunks."""
+    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(min(request.param, 2), make=request.param == 3))
     return request.param
 
 
@@ -46,12 +46,21 @@ def small(lengths: Any = (70, 0, 5), *, state: torch.dtype = torch.float32, **op
     return with_state(prefill_inputs(lengths, **{**sizes, **options}), dtype=state)
 
 
+def forgetful(inputs: Inputs) -> Inputs:
+    """Two tokens forget everything, so that the decay of their chunk, the second of its sequence, is strong."""
+    changed = inputs["g"].clone()
+    changed[70], changed[74] = -torch.inf, -120.0
+    return {**inputs, "g": changed}
+
+
 GATES: dict[str, Callable[[torch.dtype], Inputs]] = {
     **{kind: lambda t, kind=kind: small(dtype=t, gates=kind) for kind in ("none", "weak", "mix", "model", "strong")},
     "linear": lambda t: small(dtype=t, g_space="linear"),
     "-20 nats, then weak": lambda t: every_fifth(small(dtype=t, gates="weak"), "g", -20.0),
     "log gate 0 and -inf": lambda t: every_fifth(small(dtype=t, gates="weak"), "g", 0.0, -torch.inf),
     "alpha 0 and 1": lambda t: every_fifth(small(dtype=t, gates="weak", g_space="linear"), "g", 0.0, 1.0),
+    "a strong decay between weak ones": lambda t: forgetful(small([330], dtype=t, gates="weak")),
+    "the same, normalised": lambda t: unit(forgetful(small([330], dtype=t, gates="weak", similar_keys=True)), 30.0),
     "alpha all 0": lambda t: constant(small(dtype=t, g_space="linear"), "g", 0.0),
     "beta 0, 1 and 2": lambda t: every_fifth(small(dtype=t), "beta", 0.0, 1.0, 2.0),
     "beta all 0": lambda t: constant(small(dtype=t), "beta", 0.0),
@@ -73,6 +82,7 @@ def test_gates_and_keys(name: str) -> None:
     assert_right(inputs, *run(inputs))
 
 
+@with_either
 @pytest.mark.parametrize("name", GATES)
 def test_fp16(name: str) -> None:
     inputs = GATES[name](torch.float16)
@@ -113,6 +123,30 @@ def test_grouped_heads(heads: tuple[int, int, int]) -> None:
 def test_lengths(length: int) -> None:
     inputs = small([length], gates="weak")
     assert_right(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_one_stage(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meant for sequences of one chunk, and right for any."""
+    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(min(groups, 2), make=groups == 3, stages=1))
+    inputs = unit(small([64, 1, 0, 200, 63], gates="weak", hv=2), 3.0)
+    assert_right(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "heads", "whole", "expected"),
+    [
+        (32768, 8, 32, False, (True, False, 3)),  # states fill the processors
+        (32768, 1, 8, False, (False, True, 3)),  # here they do not
+        (32768, 1, 8, True, (False, False, 3)),
+        (64, 1, 32, False, (False, False, 1)),
+        (4096, 128, 32, True, (False, False, 1)),
+    ],
+)
+def test_plan(total: int, count: int, heads: int, whole: bool, expected: tuple[bool, bool, int]) -> None:
+    """Whether programs prepare, whether there are parts, and for how many chunks there is room."""
+    _, part, make, stages = host.plan(total, count, heads, 132, whole)
+    assert (make, part > 0, stages) == expected
 
 
 @with_either
@@ -298,16 +332,19 @@ def test_the_order_in_which_partitions_run_changes_no_bit(groups: int, monkeypat
         before = after
 
 
+@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("part", [0, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_groups_change_no_bit(dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a sequence's bits would hang on the batch."""
-    inputs = unit(small([200, 0, 65], hv=2, gates="weak", dtype=dtype), 3.0)
+def test_groups_change_no_bit(dtype: torch.dtype, part: int, norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a sequence's bits would hang on the batch. The third one prepares, and does it as a launch of its own."""
+    inputs = forgetful(small([200, 0, 65], hv=2, gates="weak", dtype=dtype))
+    inputs = unit(inputs, 3.0) if norm else inputs
     found = []
-    for groups in (1, 2):
-        monkeypatch.setattr(host, "plan", lambda *_, groups=groups: host.Plan(groups, part))
-        found.append(run(inputs))
-    assert all(same_bits(x, y) for x, y in zip(*found, strict=True))
+    for plan in (host.Plan(1, part), host.Plan(2, part), host.Plan(1, part, stages=1), host.Plan(2, 0, True)):
+        monkeypatch.setattr(host, "plan", lambda *_, plan=plan: plan)
+        found += [run(inputs)] if part == 0 or not plan.make else []
+    for other in found[1:]:
+        assert all(same_bits(x, y) for x, y in zip(found[0], other, strict=True))
 
 
 @pytest.fixture(params=[(1, 64), (2, 64), (2, 128)])

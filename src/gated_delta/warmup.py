@@ -58,16 +58,10 @@ class _Shapes:
 
 
 def warmup(
-    config: GatedDeltaNetConfig,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    state_dtype: torch.dtype = torch.float32,
-    max_batch: int = 256,
-    num_spec: int = 0,
-    device: torch.device | str = "cuda",
-    workers: int | None = None,
+    config: GatedDeltaNetConfig, *, dtype: torch.dtype = torch.bfloat16, state_dtype: torch.dtype = torch.float32,
+    max_batch: int = 256, num_spec: int = 0, device: torch.device | str = "cuda", workers: int | None = None,
     progress: bool = True,
-) -> Warmed:
+) -> Warmed:  # fmt: skip
     """Compile the kernels that a layer of this shape needs, so that no later call compiles.
 
     Args:
@@ -147,14 +141,18 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
 
 def _cases(s: _Shapes) -> list[Callable[[], object]]:
     """Every call that is made, slowest to compile first, so that processes share the work evenly."""
-    # Long sequences of few heads are worked on in parts.
-    lengths = (4096, 200, 16) if s.config.num_v_heads <= 16 else (200, 16)
     cases: list[Callable[[], object]] = [
         partial(_prefill, s, length, pooled=pooled, known=known)
-        for length in lengths
+        for length in (200, 16)
         for pooled in (False, True)
         for known in (False, True)
     ]
+    sizes = s.config.head_k_dim, s.config.head_v_dim
+    request = dispatch.Request("chunk_gated_delta_rule", torch.device(s.device).type, s.dtype, *sizes)
+    if dispatch.choose(request, "auto") == "gluon":  # what it launches follows from its plan alone
+        from gated_delta.kernels.gluon.prefill import PLANS, planned  # noqa: PLC0415 (it imports Triton)
+
+        cases = [partial(planned, plan, case) for plan in PLANS for case in cases[:4]]
     for given in (True, False):
         if s.num_spec:
             kept = ("outputs", "final", "slots", "snapshots")
@@ -191,14 +189,14 @@ def _recurrent(s: _Shapes, steps: int, given: bool, *form: str) -> None:
 
 def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
     """Sequences of so many tokens as a layer has them (a pool, norms in the kernel), or with states of their own: so
-    many that the states fill 256 processors, more than that change nothing; one sequence, if it is long.
+    many that the states fill 256 processors, more than that change nothing.
 
     Args:
         known: it is said which slots of the pool hold a state to start from; without a pool, there are such states.
     """
     c = s.config
     sizes = (c.head_k_dim, c.head_k_dim, c.head_v_dim)
-    for rows in s.batches[: 256 // c.num_v_heads + 1 if length <= 200 else 1]:
+    for rows in s.batches[: 256 // c.num_v_heads + 1]:
         total = rows * length
         parts = s.empty(total, c.conv_dim).split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
         q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(parts, sizes, strict=True))

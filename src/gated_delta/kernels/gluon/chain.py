@@ -1,11 +1,12 @@
-"""The chunks of one head of one sequence, or of a part of it, for what :mod:`prepare` made of each: groups of four
-warps side by side.
+"""The chunks of one head of one sequence, or of a part of it, one after the other: groups of four warps side by side.
 
-* ``load`` brings q, k, v, X and P' of coming chunks into shared memory.
+* ``load`` brings q, k and v of coming chunks into shared memory.
+* ``make`` prepares them: X, P' and vectors (:mod:`prepare`). Where states do not fill the processors, :func:`prepare`
+  has done so for all chunks before, in a launch of its own, and ``load`` brings these too.
 * A group of ``keep`` holds 64 values of the state, ``[V, K]`` in fp32 registers. Every product of its is transposed,
   ``(K S)^T = S^T K^T`` and so on, so that what it computed last is its left operand, from registers:
 
-      (K S)^T, (Q S)^T    Y = V - d (K S)    S <- d_C S + Y^T X    O = d (Q S) + P' Y
+      (K S)^T    Y = V - d (K S)    S <- d_C S + Y^T X, (Q S)^T    O = d (Q S) + P' Y
 
 Where states fill the processors, two groups share what is loaded, and one computes while the other waits for tensor
 cores. Where they do not, a program has one group, and a state two programs. The bits are the same.
@@ -24,21 +25,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from gated_delta.kernels.gluon.inverse import ACC, layout_of
 from gated_delta.kernels.gluon.prepare import (
-    ACC,
     DECAY,
     FROM_K,
     FROM_Q,
+    LINES,
     VECTORS,
     copy_async,
+    copy_rows,
     copy_tile,
+    gates_of,
+    halves_of_x,
+    normalise,
     sequence_of,
     slot_of,
+    store_vectors,
+    vectors_in_shared,
+    without_state,
 )
 
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
-STAGES = gl.constexpr(3)
-"""Chunks whose q, k and v have room; X and P' of two have."""
 
 
 @gluon.jit
@@ -54,34 +61,76 @@ def narrow(x):
 
 
 @gluon.jit
-def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr):
-    """Whole tiles, by the copy engine: behind the last token of a sequence they hold those of the next one."""
-    tensors, columns, where, vectors, chunks, tiles, signals = what
-    first, chunk, heads = where
-    q, k, v, x, p = tensors
+def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG: gl.constexpr, NORM: gl.constexpr):
+    """What chunks need: tiles by the copy engine, which behind the last token of a sequence hold those of the next one,
+    except for k where :func:`make` is to have zeros. X, P' and vectors come from memory, or vectors are made.
+    """
+    tensors, columns, rows, made, first, chunks, length, tiles, signals = what
+    q, k, v = tensors
     q_column, k_column, v_column = columns
     sQ, sK, sV, sX, sP, factors = tiles
     full, empty, full_x, empty_x = signals
+    STAGES: gl.constexpr = sK.shape[0]
     f = FROM_K + gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
     for t in range(chunks):
         stage, buffer = t % STAGES, t % 2
+        row, left = first + t * 64, length - t * 64
         mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), 2 * 64 * 64 * (GROUPS + (4 if OUT else 2)))
-        copy_tile(k, [first + t * 64, k_column], full.index(stage), sK.index(stage))
+        if not MAKE or left >= 64:
+            mbarrier.expect(full.index(stage), 2 * 64 * (256 if OUT else 128))
+            copy_tile(k, [row, k_column], full.index(stage), sK.index(stage))
+        else:
+            k_rows, k_row = rows
+            copy_rows(sK.index(stage), k_rows + t * 64 * wide(k_row), k_row, left, 128)
+            async_copy.commit_group()
+            async_copy.wait_group(0)
+            fence_async_shared()
+            mbarrier.expect(full.index(stage), 2 * 64 * 128)
         if OUT:
-            copy_tile(q, [first + t * 64, q_column], full.index(stage), sQ.index(stage))
-        for group in gl.static_range(GROUPS):
-            column, tile = v_column + 64 * group, sV.index(GROUPS * stage + group)
-            copy_tile(v, [first + t * 64, column], full.index(stage), tile)
-        copy_async(factors.index(stage), vectors + f)
-        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-        vectors += wide(heads) * VECTORS
+            copy_tile(q, [row, q_column], full.index(stage), sQ.index(stage))
+        if MAKE:
+            g, beta, g_row, beta_row, scale = made
+            at = wide(t * 64)
+            log_alpha, strength = gates_of(g + at * g_row, beta + at * beta_row, left, g_row, beta_row, LOG)
+            store_vectors(log_alpha, strength, scale, factors.index(stage), NORM or sK.dtype == gl.float16)
+            mbarrier.arrive(full.index(stage), count=1)
+        else:
+            x, p, vectors, chunk, heads = made
+            copy_async(factors.index(stage), vectors + t * wide(heads) * VECTORS + f)
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
         mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
-        mbarrier.expect(full_x.index(buffer), 2 * 64 * 64 * (3 if OUT else 2))
-        row = (chunk + t * heads) * 64
-        copy_tile(x, [row, 0], full_x.index(buffer), sX.index(buffer))
-        if OUT:
-            copy_tile(p, [row, 0], full_x.index(buffer), sP.index(buffer))
+        mbarrier.expect(full_x.index(buffer), 2 * 64 * 64 * (GROUPS + (0 if MAKE else 3 if OUT else 2)))
+        for group in gl.static_range(GROUPS):
+            tile = sV.index(GROUPS * buffer + group)
+            copy_tile(v, [row, v_column + 64 * group], full_x.index(buffer), tile)
+        if not MAKE:
+            place = (chunk + t * heads) * 64
+            copy_tile(x, [place, 0], full_x.index(buffer), sX.index(buffer))
+            if OUT:
+                copy_tile(p, [place, 0], full_x.index(buffer), sP.index(buffer))
+
+
+@gluon.jit
+def make(what, NORM: gl.constexpr):
+    """X and P' of all chunks."""
+    chunks, length, tiles, signals = what
+    sQ, sK, _, sX, sP, factors = tiles
+    full, _, full_x, empty_x = signals
+    STAGES: gl.constexpr = sK.shape[0]
+    for t in range(chunks):
+        stage, buffer = t % STAGES, t % 2
+        mbarrier.wait(full.index(stage), (t // STAGES) & 1)
+        mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
+        k, vectors = sK.index(stage), factors.index(stage)
+        if NORM:
+            normalise(sQ.index(stage), k, vectors)
+        nothing = (length - t * 64 <= 0).to(gl.int32)
+        high_T, low_T = without_state(sQ.index(stage), k, sP.index(buffer), vectors, nothing, NORM)
+        a, b = halves_of_x(high_T, low_T, k, vectors)
+        sX.index(buffer).slice(0, 64, dim=1).store(a.to(k.dtype))
+        sX.index(buffer).slice(64, 64, dim=1).store(b.to(k.dtype))
+        fence_async_shared()
+        mbarrier.arrive(full_x.index(buffer), count=1)
 
 
 @gluon.jit
@@ -110,82 +159,91 @@ def vector_of(factors, stage, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def store_outputs(output, o_row, sO, outcome, chunk, length):
+def outputs_of(state, Y, sQ, sP, from_q, sO, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Outputs of so many tokens, into shared memory."""
+    layout: gl.constexpr = layout_of(COUNT)
+    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    state, Y = gl.convert_layout(state, left), gl.convert_layout(Y, left)
+    tokens = sQ.slice(FIRST, COUNT, dim=0).permute((1, 0))
+    o = warpgroup_mma(state, tokens, gl.zeros([64, COUNT], gl.float32, layout), use_acc=False, is_async=True)
+    factor = from_q.slice(FIRST, COUNT).load(gl.SliceLayout(0, layout))
+    o, state = warpgroup_mma_wait(0, deps=(o, state))
+    o = warpgroup_mma(Y, sP.slice(FIRST, COUNT, dim=0).permute((1, 0)), o * factor[None, :], is_async=True)
+    o, Y = warpgroup_mma_wait(0, deps=(o, Y))
+    sO.slice(FIRST, COUNT, dim=0).permute((1, 0)).store(o.to(sO.dtype))
+
+
+@gluon.jit
+def store_outputs(output, o_row, sO, chunk, length):
     """64 values of a chunk's outputs; nothing for chunk -1."""
     out: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     d = gl.arange(0, 64, gl.SliceLayout(0, out))[None, :]
     row = (chunk * 64 + gl.arange(0, 64, gl.SliceLayout(1, out))).to(gl.int64)[:, None]
-    sO.permute((1, 0)).store(outcome)
     gl.store(output + row * o_row + d, sO.load(out), mask=(row >= 0) & (row < length))
 
 
 @gluon.jit
 def keep(
     S, states, places, chunks, length, with_values, tiles, sO, signals,
-    GROUPS: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr,
+    GROUPS: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
-    """64 values of the state through all chunks."""
+    """64 values of the state through all chunks, outputs of AT_ONCE tokens at once, as there are registers for."""
     final, kept, output = states
     is_last, before, every, f_line, c_row, c_line, o_row = places
     sQ, sK, sV, sX, sP, factors = tiles
     full, empty, full_x, empty_x = signals
+    STAGES: gl.constexpr = sK.shape[0]
     left: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     c: gl.constexpr = gl.SliceLayout(0, ACC)
-    column = gl.arange(0, 64, c)[None, :]
     zero = gl.zeros([64, 64], gl.float32, ACC)
     dtype: gl.constexpr = sK.dtype
-    done = zero.to(dtype)
     state = gl.convert_layout(S.to(dtype), left)
     for t in range(chunks):
         stage, buffer = t % STAGES, t % 2
         mbarrier.wait(full.index(stage), (t // STAGES) & 1)
-        fence_async_shared()
         ks = warpgroup_mma(state, sK.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         if OUT:
-            qs = warpgroup_mma(state, sQ.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            store_outputs(output + GROUP * 64, o_row, sO, done, t - 1, length)
-        KS = warpgroup_mma_wait(1 if OUT else 0, deps=(ks,))
-        V = sV.index(GROUPS * stage + GROUP).permute((1, 0)).load(ACC).to(gl.float32)
-        from_k, from_q = vector_of(factors, stage, FROM_K, c), vector_of(factors, stage, FROM_Q, c)
+            store_outputs(output + GROUP * 64, o_row, sO, t - 1, length)
+        KS, state = warpgroup_mma_wait(0, deps=(ks, state))
+        mbarrier.wait(full_x.index(buffer), (t // 2) & 1)
+        V = sV.index(GROUPS * buffer + GROUP).permute((1, 0)).load(ACC).to(gl.float32)
         if not OUT:
             V = gl.where(with_values, V, 0.0)
-        Y = gl.where(column < length - t * 64, V + KS * from_k[None, :], 0.0)
+        Y = V + KS * vector_of(factors, stage, FROM_K, c)[None, :]
+        if length - t * 64 < 64:
+            Y = gl.where(gl.arange(0, 64, c)[None, :] < length - t * 64, Y, 0.0)
         Y = gl.convert_layout(Y.to(dtype), left)
         S = S * vector_of(factors, stage, DECAY, gl.SliceLayout(1, WIDE))[:, None]
-        mbarrier.wait(full_x.index(buffer), (t // 2) & 1)
-        fence_async_shared()
         s = warpgroup_mma(Y, sX.index(buffer), S, is_async=True)
         if OUT:
-            QS, state = warpgroup_mma_wait(1, deps=(qs, state))
-            o = warpgroup_mma(Y, sP.index(buffer), QS * from_q[None, :], is_async=True)
+            from_q = factors.index(stage).slice(FROM_Q, 64)
+            for first in gl.static_range(0, 64, AT_ONCE):
+                outputs_of(state, Y, sQ.index(stage), sP.index(buffer), from_q, sO, first, AT_ONCE)
+        S, Y = warpgroup_mma_wait(0, deps=(s, Y))
         mbarrier.arrive(empty.index(stage), count=1)
-        S = warpgroup_mma_wait(1 if OUT else 0, deps=(s,))
-        state = gl.convert_layout(S.to(dtype), left)
-        if OUT:
-            outcome, Y = warpgroup_mma_wait(0, deps=(o, Y))
-            done = outcome.to(dtype)
         mbarrier.arrive(empty_x.index(buffer), count=1)
+        state = gl.convert_layout(S.to(dtype), left)
         if kept is not None:
             after = before + (t + 1) * 64
             if (after <= before + length) & (after % every == 0):
                 row = (after // every - 1).to(gl.int64)
                 store_state(kept + (row * c_row + GROUP * 64 * wide(c_line)), c_line, S)
     if OUT:
-        store_outputs(output + GROUP * 64, o_row, sO, done, chunks - 1, length)
+        store_outputs(output + GROUP * 64, o_row, sO, chunks - 1, length)
     if final is not None:
         if is_last:
             store_state(final + GROUP * 64 * wide(f_line), f_line, S)
 
 
 @gluon.jit
-def keep_from(start, GROUPS: gl.constexpr, GROUP: gl.constexpr):
+def keep_from(start, GROUPS: gl.constexpr, GROUP: gl.constexpr, AT_ONCE: gl.constexpr):
     """:func:`keep` from a state in memory, with outputs."""
     source, s_line, is_there, rest = start
     states, places, chunks, length, tiles, sO, signals = rest
     if source is not None:
         source += GROUP * 64 * wide(s_line)
     S = first_state(source, s_line, is_there)
-    keep(S, states, places, chunks, length, True, tiles, sO.index(GROUP), signals, GROUPS, True, GROUP)
+    keep(S, states, places, chunks, length, True, tiles, sO.index(GROUP), signals, GROUPS, True, GROUP, AT_ONCE)
 
 
 @gluon.jit
@@ -200,17 +258,17 @@ def zero_rows(output, begin, end, o_row, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def buffers(DTYPE: gl.constexpr, GROUPS: gl.constexpr):
+def buffers(DTYPE: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, MAKE: gl.constexpr):
     """Shared memory of chunks on their way: q, k, v for each group, X, P', and the vectors."""
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], DTYPE)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE)
     return (
         gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], tile),
         gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], tile),
-        gl.allocate_shared_memory(DTYPE, [GROUPS * STAGES, 64, 64], square),
+        gl.allocate_shared_memory(DTYPE, [GROUPS * 2, 64, 64], square),
         gl.allocate_shared_memory(DTYPE, [2, 64, 128], tile),
         gl.allocate_shared_memory(DTYPE, [2, 64, 64], square),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 256], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        vectors_in_shared(STAGES, LINES if MAKE else VECTORS),
     )
 
 
@@ -240,14 +298,41 @@ def part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size
     return sequence.to(gl.int64), slot, begin, length, before, part
 
 
+@gluon.jit
+def run(
+    start, loads, makes, GROUPS: gl.constexpr, MAKE: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """The groups of a program, side by side."""
+    if MAKE:  # a group has registers for the outputs of 32 tokens at once
+        gl.warp_specialize([
+            (keep_from, (start, GROUPS, gl.constexpr(0), gl.constexpr(32))),
+            (keep_from, (start, GROUPS, gl.constexpr(1), gl.constexpr(32))),
+            (make, (makes, NORM)),
+            (load, (loads, GROUPS, gl.constexpr(True), MAKE, LOG, NORM)),
+        ], [4, 4, 4], REGISTERS)  # fmt: skip
+    elif GROUPS == 2:
+        gl.warp_specialize([
+            (keep_from, (start, GROUPS, gl.constexpr(0), gl.constexpr(64))),
+            (keep_from, (start, GROUPS, gl.constexpr(1), gl.constexpr(64))),
+            (load, (loads, GROUPS, gl.constexpr(True), MAKE, LOG, NORM)),
+        ], [4, 4], REGISTERS)  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (keep_from, (start, GROUPS, gl.constexpr(0), gl.constexpr(64))),
+            (load, (loads, GROUPS, gl.constexpr(True), MAKE, LOG, NORM)),
+        ], [4], REGISTERS)  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=["null_slot", "L", "N", "size"])
 def chain(
-    vectors, q, k, v, x, p, cu_seqlens, slots, source, has_state, final, checkpoints, checkpoint_starts, output,
-    null_slot, L, N, size, every,
-    q_head, k_head, v_head, o_row, o_head, cu_stride, slot_stride, has_stride, starts_stride, s_slot, s_head, s_line,
-    f_slot, f_head, f_line, c_row, c_head, c_line,
+    k_rows, q, k, v, x, p, vectors, g, beta, cu_seqlens, slots, source, has_state, final, checkpoints,
+    checkpoint_starts, output, scale, null_slot, L, N, size, every,
+    q_head, k_row, k_head, v_head, g_row, g_head, beta_row, beta_head, o_row, o_head, cu_stride,
+    slot_stride, has_stride, starts_stride, s_slot, s_head, s_line, f_slot, f_head, f_line, c_row, c_head, c_line,
     RQ: gl.constexpr, RK: gl.constexpr, RV: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr,
-    ZERO_PADDING: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, MAKE: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, ZERO_PADDING: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A head of a sequence, or with PARTS of ``size`` tokens of one, from a state that is at its place in ``source``.
     The last programs write zeros behind the last sequence, if wanted.
@@ -283,25 +368,24 @@ def chain(
         row = gl.load(checkpoint_starts + sequence * starts_stride).to(gl.int64)
         checkpoints += row * c_row + head * c_head + own * wide(c_line)
     output += first * o_row
-    columns = (narrow(head // RQ * q_head), narrow(head // RK * k_head), narrow(head // RV * v_head) + own)
     chunk = (begin // 64 + sequence + before // 64) * heads + head
-    tiles = buffers(q.dtype, GROUPS)
-    signals = (barriers(STAGES, 129), barriers(STAGES, GROUPS), barriers(2, 1), barriers(2, GROUPS))
+    tiles = buffers(q.dtype, GROUPS, STAGES, MAKE)
+    # Arrivals: of tiles, and of vectors; of v, and of X and P'.
+    signals = (
+        barriers(STAGES, 2 if MAKE else 129), barriers(STAGES, GROUPS), barriers(2, 2 if MAKE else 1),
+        barriers(2, GROUPS),
+    )  # fmt: skip
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype)
     sO = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], square)
     places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
     chunks = (part + 63) // 64
     rest = ((final, checkpoints, output), places, chunks, part, tiles, sO, signals)
-    start, where = (source, s_line, is_there, rest), (narrow(first), narrow(chunk), heads)
-    loads = ((q, k, v, x, p), columns, where, vectors + chunk * VECTORS, chunks, tiles, signals)
-    if GROUPS == 2:
-        gl.warp_specialize([
-            (keep_from, (start, GROUPS, gl.constexpr(0))),
-            (keep_from, (start, GROUPS, gl.constexpr(1))),
-            (load, (loads, GROUPS, gl.constexpr(True))),
-        ], [4, 4], REGISTERS)  # fmt: skip
+    start = (source, s_line, is_there, rest)
+    if MAKE:
+        made = (g + first * g_row + head * g_head, beta + first * beta_row + head * beta_head, g_row, beta_row, scale)
     else:
-        gl.warp_specialize([
-            (keep_from, (start, GROUPS, gl.constexpr(0))),
-            (load, (loads, GROUPS, gl.constexpr(True))),
-        ], [4], REGISTERS)  # fmt: skip
+        made = (x, p, vectors + chunk * VECTORS, narrow(chunk), heads)
+    columns = (narrow(head // RQ * q_head), narrow(head // RK * k_head), narrow(head // RV * v_head) + own)
+    rows = (k_rows + (first * k_row + head // RK * k_head), k_row)
+    loads = ((q, k, v), columns, rows, made, narrow(first), chunks, part, tiles, signals)
+    run(start, loads, (chunks, part, tiles, signals), GROUPS, MAKE, NORM, LOG, REGISTERS)

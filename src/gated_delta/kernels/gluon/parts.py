@@ -12,7 +12,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from gated_delta.kernels.gluon.chain import (
-    STAGES,
     WIDE,
     barriers,
     buffers,
@@ -31,13 +30,13 @@ def keep_summary(unit, rest, GROUP: gl.constexpr):
     row = (GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, WIDE)))[:, None]
     column = gl.arange(0, 128, gl.SliceLayout(0, WIDE))[None, :]
     S = gl.where((row == column) & unit, 1.0, 0.0)
-    keep(S, states, places, chunks, length, unit == 0, tiles, None, signals, 2, False, GROUP)
+    keep(S, states, places, chunks, length, unit == 0, tiles, None, signals, 2, False, GROUP, 64)
 
 
 @gluon.jit(do_not_specialize=["null_slot", "N", "size"])
 def summary(
     vectors, k, v, x, cu_seqlens, slots, maps, null_slot, N, size, k_head, v_head, cu_stride, slot_stride,
-    RK: gl.constexpr, RV: gl.constexpr, REGISTERS: gl.constexpr,
+    RK: gl.constexpr, RV: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """B (program 0 of the last dimension) or A (1) of a part that is not the last one of its sequence, for a head:
     ``maps[place, head]``.
@@ -51,17 +50,19 @@ def summary(
     first, heads = begin + before, gl.num_programs(0)
     chunk = (begin // 64 + sequence + before // 64) * heads + head
     maps += ((place.to(gl.int64) * heads + head) * 2 + gl.program_id(2)) * (128 * 128)
-    tiles = buffers(k.dtype, 2)
+    tiles = buffers(k.dtype, 2, STAGES, False)
     signals = (barriers(STAGES, 129), barriers(STAGES, 2), barriers(2, 1), barriers(2, 2))
     chunks = (part + 63) // 64
     rest = ((maps, None, None), (chunks > 0, 0, 64, 128, 0, 0, 0), chunks, part, tiles, signals)
     columns = (0, narrow(head // RK * k_head), narrow(head // RV * v_head))
-    where = (narrow(first), narrow(chunk), heads)
-    loads = ((k, k, v, x, x), columns, where, vectors + chunk * VECTORS, chunks, tiles, signals)
+    made = (x, x, vectors + chunk * VECTORS, narrow(chunk), heads)
+    loads = ((k, k, v), columns, (0, 0), made, narrow(first), chunks, part, tiles, signals)
     gl.warp_specialize([
         (keep_summary, (unit, rest, gl.constexpr(0))),
         (keep_summary, (unit, rest, gl.constexpr(1))),
-        (load, (loads, gl.constexpr(2), gl.constexpr(False))),
+        (load, (
+            loads, gl.constexpr(2), gl.constexpr(False), gl.constexpr(False), gl.constexpr(False), gl.constexpr(False),
+        )),
     ], [4, 4], REGISTERS)  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Prefill on Hopper: one launch, or three where the parts of sequences are worked on side by side. Grids and memory
+"""Prefill on Hopper: one launch, two, or four where the parts of sequences are worked on side by side. Grids and memory
 follow from shapes alone, for CUDA graphs.
 """
 
-import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,16 +18,20 @@ from gated_delta.kernels.triton.launch import launch, strides
 from gated_delta.library import Prefill
 
 CHUNK = 64
-REGISTERS = {1: (40,), 2: (232, 40)}
-"""By groups that keep 64 values each: of a thread of the second group, and of one that loads."""
+REGISTERS = {1: (40,), 2: (232, 40), 3: (160, 152, 40)}
+"""By groups that compute: of a thread of the second that keeps 64 values, of one that prepares, of one that loads."""
 PREPARE_REGISTERS = 128
 """Four programs of :func:`prepare` on a processor."""
+STAGES, SHORT_REGISTERS = 3, 128
+"""Chunks whose q and k have room. Where sequences have one chunk: registers for two programs on a processor."""
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
-ALONE_US, CHUNK_US, SUMMARY_US, PART_US, SPLIT_US = 1.05, 1.72, 1.4, 3.0, 4.0
-"""What a chunk takes where one group has a processor, where two have, one of a summary; a part on the way through a
-sequence; and two launches more. From measurements on an H200 (docs/prefill.md).
+PREPARE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.65, 1.05, 1.72, 4.05, 1.4
+"""What a chunk takes: of a processor to be prepared; where one group has a processor, where two have, and where a third
+prepares it; of a summary. From measurements on an H200 (docs/prefill.md), as what follows.
 """
+START_US, START_MAKE_US, PART_US, SPLIT_US = 6.5, 8.0, 3.0, 4.0
+"""What a program takes before and after its chunks; a part on the way through a sequence; and two launches more."""
 
 
 class Plan(NamedTuple):
@@ -35,40 +39,57 @@ class Plan(NamedTuple):
 
     groups: int
     """Of 64 values of a state, in a program."""
-    part: int
+    part: int = 0
     """Tokens of a part, 0 for whole sequences."""
+    make: bool = False
+    """Whether a program prepares its chunks itself."""
+    stages: int = STAGES
+
+
+PLANS = (Plan(1), Plan(2), Plan(2, make=True), Plan(1, stages=1), Plan(1, CHUNK), Plan(2, CHUNK))
+"""All for which something else is compiled."""
+_TAKEN: list[Plan] = []
+
+
+def planned(chosen: Plan, case: Callable[[], object]) -> None:
+    """Run ``case`` with this plan for every call, to compile what it takes."""
+    _TAKEN.append(chosen)
+    case()
+    _TAKEN.pop()
 
 
 def plan(total: int, count: int, heads: int, processors: int, whole: bool) -> Plan:
     """What is soonest done, if all sequences are as long as the mean; ``whole`` sequences if they must be."""
     chunks = -(-total // (CHUNK * max(count, 1)))
+    if chunks == 1:
+        return Plan(1, stages=1)
     step = 1 << max(chunks.bit_length() - 4, 0)  # few different ones, for the cache
-    groups, parts = _soonest(-(-chunks // step) * step, count * heads, processors, whole)
-    return Plan(groups, CHUNK * -(-chunks // parts) if parts > 1 else 0)
+    groups, parts, make = _soonest(-(-chunks // step) * step, count * heads, processors, whole)
+    return Plan(groups, CHUNK * -(-chunks // parts) if parts > 1 else 0, make)
 
 
 @cache
-def _soonest(chunks: int, states: int, processors: int, whole: bool) -> tuple[int, int]:
-    """Groups and parts for sequences of so many chunks."""
-    best, least = (2, 1), math.inf
+def _soonest(chunks: int, states: int, processors: int, whole: bool) -> tuple[int, int, bool]:
+    """Groups, parts and whether programs prepare, for sequences of so many chunks."""
+    best, least = (2, 1, True), -(-states // processors) * (MAKE_US * chunks + START_MAKE_US)
     most = 1 if whole else min(chunks, 3 * processors // max(states, 1) + 1)
     for parts in range(1, most + 1):
         length = -(-chunks // parts)
-        split = 0.0
+        before = PREPARE_US * chunks * states / processors
         if parts > 1:
             summaries = -(-2 * states * (parts - 1) // processors)
-            split = summaries * SUMMARY_US * length + parts * PART_US + SPLIT_US
+            before += summaries * SUMMARY_US * length + parts * PART_US + SPLIT_US
         for groups, each in ((2, CHUNK_US), (1, ALONE_US)):
-            needed = -(-states * parts * 2 // (groups * processors)) * each * length + split
+            needed = -(-states * parts * 2 // (groups * processors)) * (each * length + START_US) + before
             if needed < least:
-                best, least = (groups, parts), needed
+                best, least = (groups, parts, False), needed
     return best
 
 
 def tileable(x: Tensor) -> bool:
-    """Whether the copy engine can take tiles of ``[L, H, 128]``: rows of heads that begin at multiples of 16 bytes."""
+    """Whether tiles of ``[L, H, 128]`` can be taken: the copy engine wants 16 bytes, the compiler strides of 32."""
     row, head = x.stride(0), x.stride(1)
-    return x.data_ptr() % 16 == 0 and row % 8 == 0 and head % 8 == 0 and row >= (x.shape[1] - 1) * head + 128
+    return x.data_ptr() % 16 == 0 and row % 16 == 0 and head % 16 == 0 and row >= (x.shape[1] - 1) * head + 128
 
 
 def rows(x: Tensor, columns: int = 128) -> TensorDescriptor:
@@ -113,39 +134,54 @@ def prefill(call: Prefill) -> None:
     (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
     # Parts change bits, and a checkpoint has those of the final state of a prefix.
     whole = call.batch_invariant or call.checkpoints is not None
-    groups, part = plan(total, count, heads, _processors(q.device), whole)
+    chosen = _TAKEN[-1] if _TAKEN else plan(total, count, heads, _processors(q.device), whole)
+    groups, part, make, stages = chosen
     if total == 0 and count == 0:
         return
-    x, p, vectors = _prepared(call)
-    places = count
-    if part:
-        places += total // part
-        source, has_initial_state = _states_before(call, x, vectors, part, places), None
-    if total == 0:  # the copy engine wants an address
-        q = k = v = x.view(-1, 1, 128)
+    if total == 0:  # the copy engine wants addresses
+        q, k, v = (y.new_empty(1, *y.shape[1:]) for y in (q, k, v))
+    places, (g, beta), x, p, vectors = count, _gates(call), None, None, None
+    if not make:
+        x, p, vectors = _prepared(call)
+        if part:
+            places += total // part
+            source, has_initial_state = _states_before(call, x, vectors, part, places), None
+        x, p, g, beta = tiles(x), tiles(p), None, None
     args = (
-        vectors, rows(q), rows(k), rows(v, 64), tiles(x), tiles(p), cu_seqlens, call.state_indices, source,
-        has_initial_state, call.final_state, call.checkpoints, call.checkpoint_starts, output, call.null_slot, total,
-        count, part, call.checkpoint_every, q.stride(1), k.stride(1), v.stride(1), *strides(output, 0, 1),
-        *strides(cu_seqlens, 0), *strides(call.state_indices, 0), *strides(has_initial_state, 0),
-        *strides(call.checkpoint_starts, 0), *strides(source, 0, 1, 2), *strides(call.final_state, 0, 1, 2),
-        *strides(call.checkpoints, 0, 1, 2),
+        k, rows(q), rows(k), rows(v, 64), x, p, vectors, g, beta, cu_seqlens, call.state_indices, source,
+        has_initial_state, call.final_state, call.checkpoints, call.checkpoint_starts, output, call.scale,
+        call.null_slot, total, count, part, call.checkpoint_every, q.stride(1), *strides(k, 0, 1), v.stride(1),
+        *strides(g, 0, 1), *strides(beta, 0, 1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
+        *strides(call.state_indices, 0), *strides(has_initial_state, 0), *strides(call.checkpoint_starts, 0),
+        *strides(source, 0, 1, 2), *strides(call.final_state, 0, 1, 2), *strides(call.checkpoints, 0, 1, 2),
     )  # fmt: skip
     constants: dict[str, Any] = {
         "RQ": heads // q.shape[1], "RK": heads // k.shape[1], "RV": heads // v.shape[1], "GROUPS": groups,
-        "PARTS": part > 0, "ZERO_PADDING": call.zero_padding, "REGISTERS": REGISTERS[groups],
+        "STAGES": stages, "PARTS": part > 0, "MAKE": make, "NORM": make and call.use_qk_l2norm,
+        "LOG": make and _log(call), "ZERO_PADDING": call.zero_padding, "REGISTERS": REGISTERS[groups + make],
     }  # fmt: skip
     # The last programs are for the tokens behind the last sequence.
     grid = (heads * 2 // groups, places + call.zero_padding)
     if grid[1] > 0:
-        launch(chain, grid, args, constants, warps=4)
+        options = {"registers": SHORT_REGISTERS} if stages < STAGES else {}
+        launch(chain, grid, args, constants, warps=4, **options)
+
+
+def _gates(call: Prefill) -> tuple[Tensor, Tensor]:
+    total, heads, _ = call.output.shape
+    g, beta = (_one(call.q.device).expand(total, heads) if x is None else x for x in (call.g, call.beta))
+    return g, beta
+
+
+def _log(call: Prefill) -> bool:
+    return call.log_gates and call.g is not None
 
 
 def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
     """What every chunk does: X, the transpose of P', and their vectors."""
     q, k, cu_seqlens, state_indices = call.q, call.k, call.cu_seqlens, call.state_indices
     (total, heads, _), count = call.output.shape, cu_seqlens.shape[0] - 1
-    g, beta = (_one(q.device).expand(total, heads) if x is None else x for x in (call.g, call.beta))
+    g, beta = _gates(call)
     slots = total // CHUNK + max(count, 1)
     x, p = q.new_empty(slots, heads, CHUNK, 128), q.new_empty(slots, heads, CHUNK, CHUNK)
     vectors = q.new_empty(slots, heads, VECTORS.value, dtype=torch.float32)
@@ -154,10 +190,7 @@ def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
         *strides(state_indices, 0),
     )  # fmt: skip
-    constants = {
-        "RQ": heads // q.shape[1], "RK": heads // k.shape[1], "NORM": call.use_qk_l2norm,
-        "LOG": call.log_gates and call.g is not None,
-    }  # fmt: skip
+    constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1], "NORM": call.use_qk_l2norm, "LOG": _log(call)}
     if count > 0:
         launch(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
     return x, p, vectors
@@ -173,7 +206,7 @@ def _states_before(call: Prefill, x: Tensor, vectors: Tensor, part: int, places:
         vectors, rows(k), rows(v, 64), tiles(x), cu_seqlens, state_indices, maps, call.null_slot, count, part,
         k.stride(1), v.stride(1), *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
-    constants = {"RK": heads // k.shape[1], "RV": heads // v.shape[1], "REGISTERS": REGISTERS[2]}
+    constants = {"RK": heads // k.shape[1], "RV": heads // v.shape[1], "STAGES": STAGES, "REGISTERS": REGISTERS[2]}
     launch(summary, (heads, places, 2), args, constants, warps=4)
     args = (
         maps, cu_seqlens, state_indices, call.source, call.has_initial_state, states, call.null_slot, part,

@@ -2,24 +2,21 @@
 
 docs/maths.md writes a chunk as ``U = T (V - diag(d) K S)``, ``S' = d_C S + Kt^T U``, ``O = diag(d) Q S + P U``. T, P
 and Kt need no state, so U need not be formed: with ``Y = V - diag(d) K S`` it is ``S' = d_C S + X^T Y`` and
-``O = diag(d) Q S + P' Y``, where ``X = T^T Kt`` and ``P' = P T``. This kernel makes X and P' (rounded to q's dtype);
-chain.py has two products left.
+``O = diag(d) Q S + P' Y``, where ``X = T^T Kt`` and ``P' = P T``. This file makes X and P' (rounded to q's dtype);
+chain.py has two products left. All matrices are held transposed, so that T is the left operand of both products, from
+registers, in two parts: one alone would exceed the error budget where keys are similar.
 
-* ``T = (I + N)^-1 diag(beta)`` with N strictly lower triangular. All matrices are held transposed, so that T is the
-  left operand of both products, from registers. The diagonal blocks of 16 of N are inverted by substitution in fp32, a
-  thread a column; twice, pairs of blocks are then joined, ``[[A, C], [0, D]]^-1 = [[A^-1, -A^-1 C D^-1], [0, D^-1]]``.
-  For bf16 activations these products are fp16: every entry is at most 2, and 11 bits cost the error budget 2 %. For
-  fp16 activations they have two parts, and T itself enters products in two parts for both: one alone would exceed the
-  budget where keys are similar.
-* A decay between two tokens is ``2^(G_i - G_j)`` with G a running sum of logarithms, each split into a multiple of 1/8,
-  whose sums and differences are exact, and a rest below 1/8: a strong decay costs the weak ones behind it nothing.
-  alpha = 0 counts as 2^-160, which is 0 in fp32.
+* Decays inside a chunk only multiply rows and columns of what comes out: with ``E_i = 2^(G_i)``, G a running sum of
+  log2 alpha, ``T = diag(1/E) (I + tril(K K^T) diag(beta))^-1 diag(E beta)`` and so on, and E cancels inside of every
+  product. E is taken relative to the chunk's middle. Where a chunk decays by more than 2^-200 that would leave fp32:
+  then every entry gets its own decay.
+* A running sum is split into multiples of 1/8, whose sums and differences are exact, and a rest: a strong decay costs
+  the weak ones behind it nothing. alpha = 0 counts as 2^-160, which is 0 in fp32.
 * The L2 norm is a factor of a row of q or k, and commutes with every product: q and k enter as they are stored.
 * Slots: sequence i has the chunk slots from ``cu_seqlens[i] // 64 + i`` on. They are enough for any lengths, so the
   grid follows from shapes alone; a program whose slot is not used leaves.
 """
 
-from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -31,21 +28,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from gated_delta.kernels.gluon.inverse import ACC, inverse
+
 # Vectors of a chunk in memory: what multiplies rows of K S and of Q S, and the decay of the state, 64 times.
 VECTORS = gl.constexpr(4 * 64)
 FROM_K, FROM_Q, DECAY = gl.constexpr(0), gl.constexpr(64), gl.constexpr(128)
+# Behind these in shared memory, vectors that only this file looks at: store_vectors has them.
+LINES = gl.constexpr(16 * 64)
+HIGH, GROWN, SHRUNK, LEFT = gl.constexpr(192), gl.constexpr(256), gl.constexpr(320), gl.constexpr(384)
+STRONG, PLACES, OF_K, OF_Q = gl.constexpr(448), gl.constexpr(512), gl.constexpr(576), gl.constexpr(640)
+ROWS_OF_P, COLUMNS_OF_P, ROWS_OF_X = gl.constexpr(704), gl.constexpr(768), gl.constexpr(832)
+NORM_K = gl.constexpr(896)
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 """Their names since Triton 3.8, or those before 3.9."""
-
-
-@constexpr_function
-def layout_of(columns: int) -> gl.NVMMADistributedLayout:
-    """Of ``[64, columns]`` results of tensor cores: a warp has 16 rows."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
-
-
-ACC = gl.constexpr(layout_of(64))
 LINE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 """64 numbers, all in every warp."""
 PLACE = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
@@ -78,6 +74,15 @@ def slot_of(slots, stride, sequence, null_slot):
 
 
 @gluon.jit
+def copy_rows(tile, base, stride, left, COLUMNS: gl.constexpr):
+    """The first rows of a tile, zeros for those from ``left`` on."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    n = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+    c = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    copy_async(tile, base + (n.to(gl.int64) * stride + c), mask=n < left)
+
+
+@gluon.jit
 def add(a, b):
     return a + b
 
@@ -96,118 +101,6 @@ def gates_of(g, beta, length, g_row, beta_row, LOG: gl.constexpr):
 
 
 @gluon.jit
-def axis_of(SIZE: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
-    """0, 1, .. along an axis of a three-dimensional layout, the other two of size 1."""
-    if AXIS == 0:
-        return gl.arange(0, SIZE, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
-    elif AXIS == 1:
-        return gl.arange(0, SIZE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
-    else:
-        return gl.arange(0, SIZE, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, :][:, None, :]
-
-
-@gluon.jit
-def substitute(N, sD):
-    """Inverses of the diagonal blocks of 16 of ``I + N``; sD ``[block, row, column]``. N is not looked at on and below
-    its diagonal.
-    """
-    sN = gl.allocate_shared_memory(gl.float32, [4, 16, 16], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    thin = gl.reshape(N, [64, 4, 16])
-    layout: gl.constexpr = thin.type.layout
-    own = axis_of(64, 0, layout) // 16 == axis_of(4, 1, layout)
-    sN.reshape([64, 16]).store(gl.sum(gl.where(own, thin, 0.0), axis=1))
-    cube: gl.constexpr = gl.BlockedLayout([1, 1, 16], [2, 16, 1], [4, 1, 1], [2, 1, 0])  # a thread a column
-    row = axis_of(16, 2, cube)
-    column = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, cube)))[None, :]
-    x = gl.zeros([4, 16, 16], gl.float32, cube)  # [block, column, row]
-    for i in gl.static_range(15, -1, -1):
-        line = sN.slice(i, 1, dim=1).load(cube)
-        new = gl.where(column == i, 1.0, 0.0) - gl.sum(gl.where(row > i, line * x, -0.0), axis=2)
-        x = gl.where(row == i, new[:, :, None], x)
-    sD.store(gl.permute(x, [0, 2, 1]))
-
-
-@gluon.jit
-def spread(sD, LIKE):
-    """The matrix with the four blocks of ``sD`` on its diagonal, laid out as another."""
-    thin = gl.reshape(LIKE, [64, 4, 16])
-    layout: gl.constexpr = thin.type.layout
-    own = axis_of(64, 0, layout) // 16 == axis_of(4, 1, layout)
-    blocks = sD.reshape([64, 16]).load(gl.SliceLayout(1, layout))[:, None, :]
-    return gl.convert_layout(gl.reshape(gl.where(own, blocks, 0.0), [64, 64]), ACC)
-
-
-@gluon.jit
-def left_of(x, COLUMNS: gl.constexpr, FINE: gl.constexpr):
-    """As left operand in fp16 of a product with so many columns, and FINE: what that leaves of x."""
-    left: gl.constexpr = gl.DotOperandLayout(0, layout_of(COLUMNS), 2)
-    high = x.to(gl.float16)
-    low = high
-    if FINE:
-        low = (x - high.to(gl.float32)).to(gl.float16)
-    return gl.convert_layout(high, left), gl.convert_layout(low, left)
-
-
-@gluon.jit
-def product(x, y, COLUMNS: gl.constexpr, FINE: gl.constexpr):
-    """Of x and y by fp16 tensor cores, FINE: of two fp16 parts each; y has so many columns."""
-    a, rest = x
-    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, COLUMNS], gl.float16)
-    sX = gl.allocate_shared_memory(gl.float16, [64, COLUMNS], tile)
-    high = y.to(gl.float16)
-    sX.store(high)
-    if FINE:
-        sY = gl.allocate_shared_memory(gl.float16, [64, COLUMNS], tile)
-        sY.store((y - high.to(gl.float32)).to(gl.float16))
-    fence_async_shared()
-    zero = gl.zeros([64, COLUMNS], gl.float32, layout_of(COLUMNS))
-    z = warpgroup_mma(a, sX, zero, use_acc=False, is_async=True)
-    if FINE:
-        z = warpgroup_mma(a, sY, z, is_async=True)
-        z = warpgroup_mma(rest, sX, z, is_async=True)
-    z, a, rest = warpgroup_mma_wait(0, deps=(z, a, rest))
-    return z
-
-
-@gluon.jit
-def lower(B: gl.constexpr, LAYOUT: gl.constexpr):
-    """Whether a row is in every second block of B rows."""
-    return (gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) // B % 2 == 1)[:, None]
-
-
-@gluon.jit
-def beside(left, right):
-    """``[left, right]``; every thread keeps what it has."""
-    COLUMNS: gl.constexpr = 2 * left.shape[1]
-    x = gl.reshape(gl.permute(gl.join(left, right), [0, 2, 1]), [64, COLUMNS])
-    return gl.convert_layout(x, layout_of(COLUMNS))
-
-
-@gluon.jit
-def inverse(N, FINE: gl.constexpr):
-    """``(I + N)^-1`` of strictly upper triangular N, which is not looked at on and below its diagonal.
-
-    Block diagonal matrices are kept folded, their blocks below each other: as a right operand, and in memory, they are
-    as narrow as a block.
-    """
-    i, j = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None], gl.arange(0, 64, gl.SliceLayout(0, ACC))[None, :]
-    near = left_of(gl.where((i // 32 == j // 32) & (i // 16 < j // 16), N, 0.0), 16, FINE)
-    far = left_of(gl.where(i // 32 < j // 32, N, 0.0), 32, FINE)
-    sD = gl.allocate_shared_memory(gl.float32, [4, 16, 16], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    substitute(N, sD)
-    diagonal = left_of(spread(sD, N), 16, FINE)
-    x = sD.reshape([64, 16]).load(layout_of(16))
-    y = product(diagonal, product(near, x, 16, FINE), 16, FINE)
-    below = lower(16, layout_of(16))
-    x = beside(gl.where(below, 0.0, x), gl.where(below, x, -y))
-    y = product(far, x, 32, FINE)
-    below = lower(32, layout_of(32))
-    above = gl.where(below, 0.0, x)
-    y = product(left_of(beside(above, gl.zeros([64, 32], gl.float32, layout_of(32))), 32, FINE), y, 32, FINE)
-    return beside(above, gl.where(below, x, -y))
-
-
-@gluon.jit
 def running(log_alpha):
     """Running sums of the logarithms, as an exact part and 2^rest, and both for the whole chunk."""
     high = gl.floor(log_alpha * 8.0 + 0.5) * 0.125
@@ -217,13 +110,32 @@ def running(log_alpha):
 
 
 @gluon.jit
-def decays(high, of_row):
-    """``2^(G_i - G_j)`` but for a factor of its column; zero below the diagonal. Vectors in shared memory."""
-    r: gl.constexpr = gl.SliceLayout(1, ACC)
-    c: gl.constexpr = gl.SliceLayout(0, ACC)
-    i, j = gl.arange(0, 64, r)[:, None], gl.arange(0, 64, c)[None, :]
-    difference = high.load(c)[None, :] - high.load(r)[:, None]
-    return gl.exp2(gl.where(i <= j, difference, -1000.0)) * of_row.load(r)[:, None]
+def line_of(vectors, WHICH: gl.constexpr):
+    """One of a chunk's vectors."""
+    return vectors.slice(WHICH, 64)
+
+
+@gluon.jit
+def rows_of(vectors, WHICH: gl.constexpr):
+    return vectors.slice(WHICH, 64).load(gl.SliceLayout(1, ACC))[:, None]
+
+
+@gluon.jit
+def columns_of(vectors, WHICH: gl.constexpr):
+    return vectors.slice(WHICH, 64).load(gl.SliceLayout(0, ACC))[None, :]
+
+
+@gluon.jit
+def upper(vectors):
+    """1 on the diagonal and above, 0 below: in floating point, for want of registers for 32 conditions."""
+    return gl.minimum(gl.maximum(columns_of(vectors, PLACES) - rows_of(vectors, PLACES) + 1.0, 0.0), 1.0)
+
+
+@gluon.jit
+def decays(vectors, allowed):
+    """``2^(G_j - G_i)``; zero below the diagonal."""
+    difference = allowed * (columns_of(vectors, HIGH) - rows_of(vectors, HIGH) + 2048.0) - 2048.0
+    return gl.exp2(difference) * rows_of(vectors, SHRUNK) * columns_of(vectors, GROWN)
 
 
 @gluon.jit
@@ -253,28 +165,107 @@ def store_square(base, x, LINE_LENGTH: gl.constexpr):
 
 
 @gluon.jit
-def both(sX, sY):
-    """``X @ Y^T`` of tiles in two halves."""
-    z = gl.zeros([64, 64], gl.float32, ACC)
-    z = warpgroup_mma(sX.index(0), sY.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
-    return warpgroup_mma(sX.index(1), sY.index(1).permute((1, 0)), z, is_async=True)
+def vectors_in_shared(STAGES: gl.constexpr, LENGTH: gl.constexpr):
+    """Room for a chunk's vectors, which every layout can be read from."""
+    return gl.allocate_shared_memory(gl.float32, [STAGES, LENGTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def eight(a, b, c, d, e, f, g, h):
+    """Vectors behind each other; every thread keeps what it has."""
+    x = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+    return gl.reshape(gl.permute(x, [3, 2, 1, 0]), [512])
+
+
+@gluon.jit
+def store_vectors(log_alpha, strength, scale, vectors, OF_Q_APART: gl.constexpr):
+    """Put into shared memory what a chunk's matrices are multiplied with, and whether its decay is strong."""
+    high, grown, shrunk, whole, rest = running(log_alpha)
+    middle = gl.floor(whole * 4.0) * 0.125
+    strong = gl.max(gl.abs(high - middle), axis=0) > 100.0
+    all, start = gl.zeros([64], gl.float32, LINE), gl.exp2(high) * grown
+    left, flag = gl.exp2(whole - high) * rest * shrunk, gl.where(strong, 1.0, 0.0) + all
+    decay = gl.exp2(whole) * rest + all
+    vectors.slice(0, 512).store(eight(-start, start * scale, decay, high, grown, shrunk, left, flag))
+    up = gl.where(strong, 1.0, gl.exp2(high - middle) * grown)
+    down = gl.where(strong, strength, gl.exp2(middle - high) * shrunk * strength)
+    of_x = down * gl.where(strong, 1.0, gl.exp2(whole - middle) * rest)
+    of_q = scale + all
+    if not OF_Q_APART:
+        up, of_q = up * scale, all
+    places = gl.arange(0, 64, LINE).to(gl.float32)
+    vectors.slice(512, 512).store(eight(places, strength, of_q, down, up, of_x, all, all))
 
 
 @gluon.jit
 def row_norms(sX, line):
-    """``1 / |x|`` of rows of a tile in two halves, by way of a vector in shared memory. ``convert_layout`` would go
-    by way of room that the compiler takes from operands of products under way.
+    """``1 / |x|`` of rows of a tile, by way of a vector in shared memory. ``convert_layout`` would go by way of room
+    that the compiler takes from operands of products under way.
     """
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    x, y = sX.index(0).load(rows).to(gl.float32), sX.index(1).load(rows).to(gl.float32)
+    x = sX.slice(0, 64, dim=1).load(rows).to(gl.float32)
+    y = sX.slice(64, 64, dim=1).load(rows).to(gl.float32)
     line.store(gl.rsqrt(gl.sum(x * x + y * y, axis=1) + 1e-6))
     return line.load(LINE)
 
 
 @gluon.jit
-def line_in_shared():
-    """Room for a vector, which every layout can be read from."""
-    return gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+def multiply(line, factor):
+    line.store(line.load(LINE) * factor)
+
+
+@gluon.jit
+def normalise(sQ, sK, vectors):
+    """Put the norms of rows of q and k into the vectors."""
+    q_norm = row_norms(sQ, line_of(vectors, NORM_K))
+    multiply(line_of(vectors, OF_Q), q_norm)
+    multiply(line_of(vectors, FROM_Q), q_norm)
+    k_norm = row_norms(sK, line_of(vectors, NORM_K))
+    multiply(line_of(vectors, OF_K), k_norm)
+    multiply(line_of(vectors, FROM_K), k_norm)
+
+
+@gluon.jit
+def without_state(sQ, sK, sP, vectors, nothing, NORM: gl.constexpr):
+    """P'^T, and T as left operand in two parts on its way into X. All buffers are there before products run: the
+    compiler takes the room of operands for free once those are issued.
+    """
+    dtype: gl.constexpr = sP.dtype
+    zero = gl.zeros([64, 64], gl.float32, ACC)
+    kq = warpgroup_mma(sK, sQ.permute((1, 0)), zero, use_acc=False, is_async=True)
+    kk = warpgroup_mma(sK, sK.permute((1, 0)), zero, use_acc=False, is_async=True)
+    strong = gl.max(vectors.slice(STRONG, 1).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0) > 0
+    allowed = upper(vectors)
+    if strong:
+        allowed = decays(vectors, allowed)
+    if NORM:
+        allowed = allowed * rows_of(vectors, NORM_K)
+    KQ = warpgroup_mma_wait(1, deps=(kq,)) * allowed
+    if NORM or dtype == gl.float16:  # before it is rounded to 16 bits, which it may be too large for
+        KQ = KQ * columns_of(vectors, OF_Q)
+    sP.store(KQ.to(dtype))
+    N = warpgroup_mma_wait(0, deps=(kk,)) * allowed * columns_of(vectors, OF_K)
+    T = inverse(N, nothing, dtype == gl.float16)
+    high_T, low_T = parts(T, dtype)
+    fence_async_shared()
+    PT, high_T, low_T = warpgroup_mma_wait(0, deps=(product2(high_T, low_T, sP), high_T, low_T))
+    PT = PT * rows_of(vectors, ROWS_OF_P) * columns_of(vectors, COLUMNS_OF_P)
+    if strong:
+        T = T * columns_of(vectors, LEFT)
+        high_T, low_T = parts(T, dtype)
+    if NORM:
+        high_T, low_T = parts(T * columns_of(vectors, NORM_K), dtype)
+    sP.permute((1, 0)).store(PT.to(dtype))
+    return high_T, low_T
+
+
+@gluon.jit
+def halves_of_x(high_T, low_T, sK, vectors):
+    a = product2(high_T, low_T, sK.slice(0, 64, dim=1))
+    b = product2(high_T, low_T, sK.slice(64, 64, dim=1))
+    a, b, high_T, low_T = warpgroup_mma_wait(0, deps=(a, b, high_T, low_T))
+    rows = rows_of(vectors, ROWS_OF_X)
+    return a * rows, b * rows
 
 
 @gluon.jit(do_not_specialize=["N", "null_slot"])
@@ -295,63 +286,33 @@ def prepare(
         return
     length = gl.minimum(end - first, 64).to(gl.int32)
     dtype: gl.constexpr = q.dtype.element_ty
-    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
-    sQ = gl.allocate_shared_memory(dtype, [2, 64, 64], square)
-    sK = gl.allocate_shared_memory(dtype, [2, 64, 64], square)
-    # Here, before products run: the compiler takes q's room for free as soon as they have been issued.
-    sP = gl.allocate_shared_memory(dtype, [64, 64], square)
-    s_high, s_of_row, s_of_k = line_in_shared(), line_in_shared(), line_in_shared()
-    s_of_q, s_left, s_strength = line_in_shared(), line_in_shared(), line_in_shared()
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], dtype)
+    sQ = gl.allocate_shared_memory(dtype, [64, 128], tile)
+    sK = gl.allocate_shared_memory(dtype, [64, 128], tile)
+    sP = gl.allocate_shared_memory(dtype, [64, 64], gl.NVMMASharedLayout.get_default_for([64, 64], dtype))
+    own = vectors_in_shared(1, LINES).index(0)
     landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(landed.index(0), count=128)
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    n, c = gl.arange(0, 64, gl.SliceLayout(1, rows))[:, None], gl.arange(0, 64, gl.SliceLayout(0, rows))[None, :]
     g += first * g_row + head * g_head
     beta += first * beta_row + head * beta_head
     log_alpha, strength = gates_of(g, beta, length, g_row, beta_row, LOG)
-    q += first * q_row + head // RQ * q_head
-    k += first * k_row + head // RK * k_head
-    for half in gl.static_range(2):
-        copy_async(sK.index(half), k + (n * k_row + (c + 64 * half)), mask=n < length)
-        copy_async(sQ.index(half), q + (n * q_row + (c + 64 * half)), mask=n < length)
+    copy_rows(sK, k + (first * k_row + head // RK * k_head), k_row, length, 128)
+    copy_rows(sQ, q + (first * q_row + head // RQ * q_head), q_row, length, 128)
     async_copy.mbarrier_arrive(landed.index(0), increment_count=False)
-    high, grown, shrunk, whole, rest = running(log_alpha)
+    store_vectors(log_alpha, strength, scale, own, NORM or dtype == gl.float16)
     mbarrier.wait(landed.index(0), 0)
     fence_async_shared()
-
-    kk, kq = both(sK, sK), both(sK, sQ)
-    # What multiplies columns of N^T and of P^T, rows of both, and columns of T on their way into X; for the chain.
-    start, left = gl.exp2(high) * grown, gl.exp2(whole - high) * rest * shrunk
-    of_k, of_q = grown * strength, grown * scale
-    from_k, from_q = -start, start * scale
     if NORM:
-        k_norm, q_norm = row_norms(sK, s_of_k), row_norms(sQ, s_of_q)
-        of_k, of_q, shrunk, left = of_k * k_norm, of_q * q_norm, shrunk * k_norm, left * k_norm
-        from_k, from_q = from_k * k_norm, from_q * q_norm
-    s_high.store(high)
-    s_of_row.store(shrunk)
-    s_of_k.store(of_k)
-    s_of_q.store(of_q)
-    s_left.store(left)
-    s_strength.store(strength)
-
-    KK, KQ = warpgroup_mma_wait(0, deps=(kk, kq))
-    decay = decays(s_high, s_of_row)
-    sP.store((KQ * (decay * s_of_q.load(gl.SliceLayout(0, ACC))[None, :])).to(dtype))
-    T = inverse(KK * (decay * s_of_k.load(gl.SliceLayout(0, ACC))[None, :]), dtype == gl.float16)
-    T = T * s_strength.load(gl.SliceLayout(1, ACC))[:, None]
-    high_T, low_T = parts(T, dtype)
-    PT, high_T, low_T = warpgroup_mma_wait(0, deps=(product2(high_T, low_T, sP), high_T, low_T))
+        normalise(sQ, sK, own)
+    high_T, low_T = without_state(sQ, sK, sP, own, 0, NORM)
     # Writes to memory come after the last fence, which would wait for them.
     chunk = place.to(gl.int64) * gl.num_programs(1) + head
     x, p, vectors = x + chunk * (64 * 128), p + chunk * (64 * 64), vectors + chunk * VECTORS
-    line = gl.arange(0, 64, LINE)
-    gl.store(vectors + FROM_K + line, from_k)
-    gl.store(vectors + FROM_Q + line, from_q)
-    gl.store(vectors + DECAY + line, gl.exp2(whole) * rest + gl.zeros([64], gl.float32, LINE))
-    store_square(p, PT, 64)
-    high_T, low_T = parts(T * s_left.load(gl.SliceLayout(0, ACC))[None, :], dtype)
-    for half in gl.static_range(2):
-        X = product2(high_T, low_T, sK.index(half))
-        X, high_T, low_T = warpgroup_mma_wait(0, deps=(X, high_T, low_T))
-        store_square(x + 64 * half, X, 128)
+    line: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    gl.store(vectors + gl.arange(0, VECTORS, line), own.slice(0, VECTORS).load(line))
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    n, d = gl.arange(0, 64, gl.SliceLayout(1, rows))[:, None], gl.arange(0, 64, gl.SliceLayout(0, rows))[None, :]
+    gl.store(p + n * 64 + d, sP.load(rows))
+    a, b = halves_of_x(high_T, low_T, sK, own)
+    store_square(x, a, 128)
+    store_square(x + 64, b, 128)

@@ -1,4 +1,4 @@
-"""The causal convolution by the signatures of Dao's causal-conv1d (1.5 and 1.6), which Transformers speaks, too.
+"""The causal convolution by the signatures of Dao's causal-conv1d (1.7.0), which Transformers speaks, too.
 
 An ``ArgumentError`` meets what is not served: seq_idx (``gated_delta.causal_conv1d`` takes cu_seqlens), cache_seqlens
 (a ring), and a pool with more than W-1 columns.

@@ -242,3 +242,12 @@ def test_rows_that_tiles_are_taken_of() -> None:
     assert not prefill.tileable(heads), "the compiler would not know that rows begin at multiples of 16 bytes"
     assert prefill.tileable(heads.contiguous())
     assert not prefill.tileable(heads.contiguous()[:, :, 4:])
+
+
+def test_a_plan_that_is_given_ends_with_its_case() -> None:
+    prefill = pytest.importorskip("gated_delta.kernels.gluon.prefill")
+    seen: list[object] = []
+    prefill.planned(prefill.PLANS[2], lambda: seen.append(prefill._TAKEN.get()))
+    with pytest.raises(ZeroDivisionError):
+        prefill.planned(prefill.PLANS[0], lambda: 1 // 0)
+    assert (seen, prefill._TAKEN.get()) == ([prefill.PLANS[2]], None)

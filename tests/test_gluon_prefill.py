@@ -96,11 +96,11 @@ def test_a_strong_decay_costs_the_weak_ones_behind_it_nothing() -> None:
     assert_right(inputs, *run(inputs))
 
 
-@pytest.mark.parametrize("left_out", ["g", "beta"])
-def test_gates_left_out_are_one(left_out: str) -> None:
-    inputs = small(gates="weak", g_space="linear")
+@pytest.mark.parametrize(("left_out", "space", "one"), [("g", "linear", 1.0), ("g", "log", 0.0), ("beta", "log", 1.0)])
+def test_gates_left_out_are_one(left_out: str, space: str, one: float) -> None:
+    inputs = small(gates="weak", g_space=space)
     given = {name: value for name, value in inputs.items() if name != left_out}
-    assert_right(constant(inputs, left_out, 1.0), *run(given))
+    assert_right(constant(inputs, left_out, one), *run(given))
 
 
 @pytest.mark.parametrize("scale", [0.0, -2.5])

@@ -3,6 +3,7 @@ follow from shapes alone, for CUDA graphs.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -48,14 +49,14 @@ class Plan(NamedTuple):
 
 PLANS = (Plan(1), Plan(2), Plan(2, make=True), Plan(1, stages=1), Plan(1, CHUNK), Plan(2, CHUNK))
 """All for which something else is compiled."""
-_TAKEN: list[Plan] = []
+_TAKEN: ContextVar[Plan | None] = ContextVar("plan", default=None)
 
 
 def planned(chosen: Plan, case: Callable[[], object]) -> None:
-    """Run ``case`` with this plan for every call, to compile what it takes."""
-    _TAKEN.append(chosen)
-    case()
-    _TAKEN.pop()
+    """Run ``case`` with this plan for every call of its own, to compile what it takes."""
+    context = copy_context()
+    context.run(_TAKEN.set, chosen)
+    context.run(case)
 
 
 def plan(total: int, count: int, heads: int, processors: int, whole: bool) -> Plan:
@@ -122,9 +123,9 @@ def _processors(device: torch.device) -> int:
 
 
 @cache
-def _one(device: torch.device) -> Tensor:
-    """A gate that was left out."""
-    return torch.ones(1, device=device)
+def _gate(device: torch.device, value: float) -> Tensor:
+    """One that was left out."""
+    return torch.full((1,), value, device=device)
 
 
 def prefill(call: Prefill) -> None:
@@ -134,19 +135,20 @@ def prefill(call: Prefill) -> None:
     (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
     # Parts change bits, and a checkpoint has those of the final state of a prefix.
     whole = call.batch_invariant or call.checkpoints is not None
-    chosen = _TAKEN[-1] if _TAKEN else plan(total, count, heads, _processors(q.device), whole)
-    groups, part, make, stages = chosen
+    groups, part, make, stages = _TAKEN.get() or plan(total, count, heads, _processors(q.device), whole)
     if total == 0 and count == 0:
         return
     if total == 0:  # the copy engine wants addresses
         q, k, v = (y.new_empty(1, *y.shape[1:]) for y in (q, k, v))
-    places, (g, beta), x, p, vectors = count, _gates(call), None, None, None
-    if not make:
+    places, g, beta, x, p, vectors = count, None, None, None, None, None
+    if make:
+        g, beta = _gates(call)
+    else:
         x, p, vectors = _prepared(call)
         if part:
             places += total // part
             source, has_initial_state = _states_before(call, x, vectors, part, places), None
-        x, p, g, beta = tiles(x), tiles(p), None, None
+        x, p = tiles(x), tiles(p)
     args = (
         k, rows(q), rows(k), rows(v, 64), x, p, vectors, g, beta, cu_seqlens, call.state_indices, source,
         has_initial_state, call.final_state, call.checkpoints, call.checkpoint_starts, output, call.scale,
@@ -158,7 +160,7 @@ def prefill(call: Prefill) -> None:
     constants: dict[str, Any] = {
         "RQ": heads // q.shape[1], "RK": heads // k.shape[1], "RV": heads // v.shape[1], "GROUPS": groups,
         "STAGES": stages, "PARTS": part > 0, "MAKE": make, "NORM": make and call.use_qk_l2norm,
-        "LOG": make and _log(call), "ZERO_PADDING": call.zero_padding, "REGISTERS": REGISTERS[groups + make],
+        "LOG": make and call.log_gates, "ZERO_PADDING": call.zero_padding, "REGISTERS": REGISTERS[groups + make],
     }  # fmt: skip
     # The last programs are for the tokens behind the last sequence.
     grid = (heads * 2 // groups, places + call.zero_padding)
@@ -168,13 +170,10 @@ def prefill(call: Prefill) -> None:
 
 
 def _gates(call: Prefill) -> tuple[Tensor, Tensor]:
-    total, heads, _ = call.output.shape
-    g, beta = (_one(call.q.device).expand(total, heads) if x is None else x for x in (call.g, call.beta))
+    given = (call.g, float(not call.log_gates)), (call.beta, 1.0)
+    size = call.output.shape[:2]
+    g, beta = (_gate(call.q.device, value).expand(size) if x is None else x for x, value in given)
     return g, beta
-
-
-def _log(call: Prefill) -> bool:
-    return call.log_gates and call.g is not None
 
 
 def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +189,12 @@ def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
         *strides(state_indices, 0),
     )  # fmt: skip
-    constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1], "NORM": call.use_qk_l2norm, "LOG": _log(call)}
+    constants = {
+        "RQ": heads // q.shape[1],
+        "RK": heads // k.shape[1],
+        "NORM": call.use_qk_l2norm,
+        "LOG": call.log_gates,
+    }
     if count > 0:
         launch(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
     return x, p, vectors

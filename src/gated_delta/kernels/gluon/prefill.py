@@ -189,12 +189,8 @@ def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
         *strides(state_indices, 0),
     )  # fmt: skip
-    constants = {
-        "RQ": heads // q.shape[1],
-        "RK": heads // k.shape[1],
-        "NORM": call.use_qk_l2norm,
-        "LOG": call.log_gates,
-    }
+    constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
+    constants |= {"NORM": call.use_qk_l2norm, "LOG": call.log_gates}
     if count > 0:
         launch(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
     return x, p, vectors

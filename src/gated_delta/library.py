@@ -1,5 +1,5 @@
-"""The operators as torch sees them: a record of each one's arguments, which backends take and which gives torch its
-schema with the mutations; fakes, and the way to each backend.
+"""The operators as torch sees them: a record of each one's arguments, which validation judges, backends take, and torch
+has its schema from; fakes, and the way to each backend.
 
 An operator writes into tensors that its caller made and returns nothing, so its fake has nothing to say and a
 compiler sees every mutation. Implementations are imported when they first run: importing this module imports none.
@@ -14,35 +14,55 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from gated_delta.validation.arguments import FLOATS, INDICES
+
 _LIBRARY = Library("gated_delta", "DEF")
-Written = Annotated[Tensor, "written"]
-"""A tensor that an operator writes into."""
+_F32 = (torch.float32,)
+
+
+class Asked(NamedTuple):
+    """What an operator asks of a tensor, for :meth:`gated_delta.validation.arguments.Arguments.tensor`."""
+
+    shape: str
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    argument: str = ""
+    """Its name, where the field of the record has another."""
+    any_stride: bool = False
+    written: bool = False
+    whole: bool = False
+
+
+def _index(shape: str, argument: str = "") -> Asked:
+    return Asked(shape, INDICES, argument, any_stride=True)
+
+
+_HAS_STATE = Asked("N", (torch.bool,), any_stride=True)
 
 
 class Prefill(NamedTuple):
-    """Arguments of ``chunk_gated_delta_rule``, shapes as there; in every record a ``null_slot`` of -1 is none."""
+    """Arguments of ``chunk_gated_delta_rule``; in every record a ``null_slot`` of -1 is none."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor | None
-    beta: Tensor | None
+    q: Annotated[Tensor, Asked("L HQ K")]
+    k: Annotated[Tensor, Asked("L HK K")]
+    v: Annotated[Tensor, Asked("L HV V")]
+    g: Annotated[Tensor, Asked("L HS", _F32)] | None
+    beta: Annotated[Tensor, Asked("L HS", _F32)] | None
     scale: float
-    cu_seqlens: Tensor
-    initial_state: Tensor | None
-    has_initial_state: Tensor | None
-    state_indices: Tensor | None
+    cu_seqlens: Annotated[Tensor, _index("N+1")]
+    initial_state: Annotated[Tensor, Asked("ROWS HS V K")] | None
+    has_initial_state: Annotated[Tensor, _HAS_STATE] | None
+    state_indices: Annotated[Tensor, _index("N")] | None
     null_slot: int
     in_place: bool
     """The states are read from ``final_state``, and there is no ``initial_state``."""
     use_qk_l2norm: bool
     log_gates: bool
-    output: Written
+    output: Annotated[Tensor, Asked("L HS V", written=True)]
     zero_padding: bool
     """Rows of the output that belong to no live sequence are zeroed, not left alone."""
-    final_state: Written | None
-    checkpoints: Written | None
-    checkpoint_starts: Tensor | None
+    final_state: Annotated[Tensor, Asked("ROWS HS V K", argument="output_state", written=True)] | None
+    checkpoints: Annotated[Tensor, Asked("* HS V K", argument="state_checkpoints", written=True)] | None
+    checkpoint_starts: Annotated[Tensor, _index("N+1", "checkpoint_cu_starts")] | None
     checkpoint_every: int
     batch_invariant: bool
     """Sequences stay whole, whatever that costs."""
@@ -54,104 +74,105 @@ class Prefill(NamedTuple):
 
 
 class Recurrent(NamedTuple):
-    """Arguments of the decode operators and several tokens. ``read_slots`` are there ``initial_state_indices``,
-    ``write_slots`` ``output_state_indices``, ``token_slots`` ``ssm_state_indices``, ``snapshots``
-    ``intermediate_states_buffer``.
-    """
+    """Arguments of the decode operators and several tokens."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    state: Written
+    q: Annotated[Tensor, Asked("B STEPS H K")]
+    k: Annotated[Tensor, Asked("B STEPS H K")]
+    v: Annotated[Tensor, Asked("B STEPS HV V")]
+    state: Annotated[Tensor, Asked("ROWS HV MATRIX", written=True)]
     """One state a row, or the pool when there are ``read_slots``."""
     state_v_first: bool
     """States are ``[V, K]``, not ``[K, V]``."""
-    A_log: Tensor
-    a: Tensor
-    dt_bias: Tensor
-    b: Tensor
+    A_log: Annotated[Tensor, Asked("HV", _F32)]
+    a: Annotated[Tensor, Asked("B STEPS HV")]
+    dt_bias: Annotated[Tensor, Asked("HV")]
+    b: Annotated[Tensor, Asked("B STEPS HV")]
     scale: float
     use_qk_l2norm: bool
     allow_neg_eigval: bool
-    read_slots: Tensor | None
+    read_slots: Annotated[Tensor, _index("B", "initial_state_indices")] | None
     null_slot: int
     update_state: bool
-    write_slots: Tensor | None
-    token_slots: Tensor | None
-    snapshots: Written | None
-    output: Written
+    write_slots: Annotated[Tensor, _index("B", "output_state_indices")] | None
+    token_slots: Annotated[Tensor, _index("B T", "ssm_state_indices")] | None
+    snapshots: (
+        Annotated[Tensor, Asked(">=B >=T HV MATRIX", argument="intermediate_states_buffer", written=True)] | None
+    )
+    output: Annotated[Tensor, Asked("B STEPS HV V", written=True)]
     zero_padding: bool
 
 
 class CausalConv1d(NamedTuple):
     """Arguments of ``causal_conv1d``."""
 
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    conv_states: Written | None
-    cu_seqlens: Tensor
-    state_indices: Tensor | None
-    has_initial_state: Tensor | None
+    x: Annotated[Tensor, Asked("TOKENS D")]
+    weight: Annotated[Tensor, Asked("D W", any_stride=True)]
+    bias: Annotated[Tensor, Asked("D")] | None
+    conv_states: Annotated[Tensor, Asked("ROWS D *", any_stride=True, written=True)] | None
+    cu_seqlens: Annotated[Tensor, _index("N+1")]
+    state_indices: Annotated[Tensor, _index("N")] | None
+    has_initial_state: Annotated[Tensor, _HAS_STATE] | None
     activate: bool
     """By silu."""
     null_slot: int
-    output: Written
+    output: Annotated[Tensor, Asked("TOKENS D", written=True)]
 
 
 class CausalConv1dUpdate(NamedTuple):
     """Arguments of ``causal_conv1d_update``; x is ``[L, D]`` with ``cu_seqlens``, else ``[N, D]`` or ``[N, T, D]``."""
 
-    x: Tensor
-    conv_states: Written
-    weight: Tensor
-    bias: Tensor | None
+    x: Annotated[Tensor, Asked("TOKENS D")]
+    conv_states: Annotated[Tensor, Asked("ROWS D *", any_stride=True, written=True)]
+    weight: Annotated[Tensor, Asked("D W", any_stride=True)]
+    bias: Annotated[Tensor, Asked("D")] | None
     activate: bool
-    state_indices: Tensor | None
-    num_accepted_tokens: Tensor | None
-    cu_seqlens: Tensor | None
+    state_indices: Annotated[Tensor, _index("N")] | None
+    num_accepted_tokens: Annotated[Tensor, _index("N")] | None
+    cu_seqlens: Annotated[Tensor, _index("N+1")] | None
     null_slot: int
-    output: Written
+    output: Annotated[Tensor, Asked("TOKENS D", written=True)]
 
 
 class RmsNormGated(NamedTuple):
     """Arguments of ``rms_norm_gated``."""
 
-    x: Tensor
-    z: Tensor
-    weight: Tensor
+    x: Annotated[Tensor, Asked("LEADING V")]
+    z: Annotated[Tensor, Asked("LEADING V")]
+    weight: Annotated[Tensor, Asked("V")]
     eps: float
     activation: str
-    output: Written
+    output: Annotated[Tensor, Asked("LEADING V", written=True, whole=True)]
 
 
 class GatedDeltaNetStep(NamedTuple):
     """Arguments of ``gated_delta_net_step``."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    z: Tensor
-    b: Tensor
-    a: Tensor
-    conv_states: Written
-    conv_weight: Tensor
-    state: Written
-    A_log: Tensor
-    dt_bias: Tensor
-    norm_weight: Tensor
+    q: Annotated[Tensor, Asked("L H K")]
+    k: Annotated[Tensor, Asked("L H K")]
+    v: Annotated[Tensor, Asked("L H R V")]
+    z: Annotated[Tensor, Asked("L H R V")]
+    b: Annotated[Tensor, Asked("L H R")]
+    a: Annotated[Tensor, Asked("L H R")]
+    conv_states: Annotated[Tensor, Asked("P D C", any_stride=True, written=True)]
+    conv_weight: Annotated[Tensor, Asked("D W", any_stride=True)]
+    state: Annotated[Tensor, Asked("P HV V K", written=True)]
+    A_log: Annotated[Tensor, Asked("HV", _F32)]
+    dt_bias: Annotated[Tensor, Asked("HV")]
+    norm_weight: Annotated[Tensor, Asked("V")]
     scale: float
     eps: float
     activation: str
     allow_neg_eigval: bool
-    state_indices: Tensor
-    cu_seqlens: Tensor | None
-    num_accepted_tokens: Tensor | None
-    tickets: Written | None
+    state_indices: Annotated[Tensor, _index("SLOTS")]
+    cu_seqlens: Annotated[Tensor, _index("N+1")] | None
+    num_accepted_tokens: Annotated[Tensor, _index("N")] | None
+    tickets: Annotated[Tensor, Asked("P H", (torch.int32,), written=True)] | None
     null_slot: int
-    output: Written
+    output: Annotated[Tensor, Asked("L HV V", written=True, whole=True)]
 
 
+TENSORS: dict[type, tuple[tuple[str, bool, Asked], ...]] = {}
+"""Of each record: a tensor's field, whether it may be left out, what is asked of it."""
 T = TypeVar("T")
 
 
@@ -177,12 +198,16 @@ def bound_recurrent(call: Recurrent, backend: str) -> Any:
 
 def _schema(record: Any) -> str:
     """The arguments as torch writes them, each written tensor with a letter of its own."""
-    letters, arguments = iter("abcd"), []
+    letters, arguments, tensors = iter("abcd"), [], []
     for name, hint in get_type_hints(record, include_extras=True).items():
         optional = type(None) in get_args(hint)
         kind = get_args(hint)[0] if optional else hint
-        word = f"Tensor({next(letters)}!)" if kind == Written else kind.__name__
+        word = getattr(kind, "__name__", "")
+        for asked in getattr(kind, "__metadata__", ()):
+            word = f"Tensor({next(letters)}!)" if asked.written else "Tensor"
+            tensors.append((name, optional or name == "output", asked))
         arguments.append(f"{word}{'?' if optional else ''} {name}")
+    TENSORS[record] = tuple(tensors)
     return ", ".join(arguments)
 
 

@@ -24,8 +24,8 @@ def rms_norm_gated(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    args = operators.norm(x, z, weight, eps, activation, output)
-    backend = dispatch.serving(args, x, backend)
+    call = library.given(library.RmsNormGated, x, z, weight, eps, activation, output)
+    backend = dispatch.serving(operators.norm(call), x, backend)
     if output is None:
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
     library.rms_norm_gated(x, z, weight, float(eps), activation, output, backend)

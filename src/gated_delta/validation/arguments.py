@@ -23,20 +23,23 @@ class Arguments:
     """Checks the tensors of one call, in the order in which they are given.
 
     A shape is written as names, ``"L HQ K"``: the first tensor that uses a name binds it, later ones must agree.
-    ``N+1`` is one more than ``N``, ``>=B`` at least ``B``, a number is itself, and ``*`` is any size.
+    ``N+1`` is one more than ``N``, ``>=B`` at least ``B``, a number is itself, and ``*`` is any size. A word of
+    ``meant`` stands for other names in this call.
     """
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, where: str, **meant: str) -> None:
+        self.where, self.meant = where, meant
         self.sizes: dict[str, int] = {}
         self.bound_by: dict[str, str] = {}
         self._device: tuple[str, torch.device] | None = None
 
     def tensor(
         self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], *, any_stride: bool = False,
-        written: bool = False,
+        written: bool = False, whole: bool = False,
     ) -> None:  # fmt: skip
         """Check one required tensor: its type, rank and sizes, dtype, device, gradient and strides."""
+        for word, names in self.meant.items():
+            spec = spec.replace(word, names)
         if not isinstance(value, Tensor):
             must = f"a tensor [{', '.join(spec.split())}] of {describe_dtypes(dtypes)}"
             raise DtypeError(self.where, name, "None" if value is None else f"a {type(value).__name__}", must)
@@ -59,6 +62,8 @@ class Arguments:
             raise LayoutError(self.where, name, was, "contiguous in its last dimension (other strides are free)")
         if written and any(step == 0 and size > 1 for size, step in zip(value.shape, value.stride(), strict=True)):
             raise LayoutError(self.where, name, "a view whose rows share memory", "memory of its own: it is written")
+        if whole and not value.is_contiguous():
+            raise LayoutError(self.where, name, f"of strides {list(value.stride())}", "contiguous")
 
     def bind(self, symbol: str, size: int, name: str) -> bool:
         """Whether ``symbol`` has that size; if it had none, it has now, and from ``name``."""
@@ -71,12 +76,6 @@ class Arguments:
         """Check a tensor that may be left out; ``options`` are those of :meth:`tensor`."""
         if value is not None:
             self.tensor(name, value, spec, dtypes, **options)
-
-    def whole_output(self, value: Any, spec: str) -> None:
-        """An output that may be left out and has no gaps."""
-        self.optional("output", value, spec, FLOATS, written=True)
-        if value is not None and not value.is_contiguous():
-            raise LayoutError(self.where, "output", f"of strides {list(value.stride())}", "contiguous")
 
     def same_dtype(self, first: str, a: Tensor, second: str, b: Tensor) -> None:
         if a.dtype != b.dtype:

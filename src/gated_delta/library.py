@@ -95,9 +95,7 @@ class Recurrent(NamedTuple):
     update_state: bool
     write_slots: Annotated[Tensor, _index("B", "output_state_indices")] | None
     token_slots: Annotated[Tensor, _index("B T", "ssm_state_indices")] | None
-    snapshots: (
-        Annotated[Tensor, Asked(">=B >=T HV MATRIX", argument="intermediate_states_buffer", written=True)] | None
-    )
+    snapshots: Annotated[Tensor, Asked(">=B >=T HV MATRIX", argument="intermediate_states_buffer", written=True)] | None
     output: Annotated[Tensor, Asked("B STEPS HV V", written=True)]
     zero_padding: bool
 

@@ -81,115 +81,93 @@ def _sort_tokens(
     return own, silent
 
 
-@triton.jit
-def _tokens(
-    x, x_row, weight, w_channel, w_tap, bias, cu, cu_stride, slots, slots_stride, output, null_slot, first, span, N, L,
-    D, search, block, W: tl.constexpr, BD: tl.constexpr, FLAT: tl.constexpr, ACTIVATE: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """Outputs of the tokens from ``first`` on that need no history, and the zeros of padding."""
-    channel = block * BD + tl.arange(0, BD)
-    inside = channel < D
-    end = tl.minimum(first + span, L)
-    x_at = x + first.to(tl.int64) * x_row + channel
-    o_at = output + first.to(tl.int64) * D + channel
-    past = ()
-    for j in tl.static_range(1 - W, 0):
-        past += (tl.load(x_at + j * x_row, mask=inside & (first > 0), other=0.0).to(tl.float32),)
-    group = ()
-    for j in tl.static_range(_GROUP):
-        group += (tl.load(x_at + j * x_row, mask=inside & (first + j < end), other=0.0),)
-    offset, taps = _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W, BD, FLAT)
-    own, silent = _sort_tokens(cu, cu_stride, slots, slots_stride, null_slot, N, search, first, end, W, SIZE)
-    if own != 0:
-        for i in range(0, span, _GROUP):
-            x_at += _GROUP * x_row
-            ahead = ()
-            for j in tl.static_range(_GROUP):
-                ahead += (tl.load(x_at + j * x_row, mask=inside & (first + i + _GROUP + j < end), other=0.0),)
-            inputs = past
-            for j in tl.static_range(_GROUP):
-                inputs += (group[j].to(tl.float32),)
-            for j in tl.static_range(_GROUP):
-                y = convolved(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
-                tl.store(o_at + j * D, y, mask=inside & (((own >> (i + j)) & 1) != 0))
-            o_at += _GROUP * D
-            past = inputs[_GROUP:]
-            group = ahead
-    if silent != 0:
-        nothing = tl.zeros([BD], output.dtype.element_ty)
-        for i in range(span):
-            at = output + (first + i).to(tl.int64) * D + channel
-            tl.store(at, nothing, mask=inside & (((silent >> i) & 1) != 0))
-
-
-@triton.jit
-def _head(
-    x, x_row, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots, slots_stride,
-    has, has_stride, output, null_slot, row, D, block,
-    W: tl.constexpr, BD: tl.constexpr, FLAT: tl.constexpr, ACTIVATE: tl.constexpr,
-):  # fmt: skip
-    """The first W - 1 outputs of a sequence and its new state: what needs the old state."""
-    slot = slot_of(slots, slots_stride, row, null_slot)
-    if slot >= 0:
-        channel = block * BD + tl.arange(0, BD)
-        inside = channel < D
-        start = tl.load(cu + row.to(tl.int64) * cu_stride).to(tl.int64)
-        count = (tl.load(cu + (row.to(tl.int64) + 1) * cu_stride) - start).to(tl.int32)
-        inputs = ()
-        column = tl.zeros([], tl.int64)  # 64 bits for what it is multiplied by
-        if states is not None:
-            s_at = states + slot * s_slot + channel.to(tl.int64) * s_channel
-            known = inside
-            if has is not None:
-                known = inside & tl.load(has + row.to(tl.int64) * has_stride)
-            for j in tl.static_range(W - 1):
-                old = tl.load(s_at + (column + j) * s_column, mask=known, other=0.0)
-                inputs += (old.to(tl.float32),)
-        else:
-            for _ in tl.static_range(W - 1):
-                inputs += (tl.zeros([BD], tl.float32),)
-        x_at = x + start * x_row + channel
-        for j in tl.static_range(W - 1):
-            inputs += (tl.load(x_at + j * x_row, mask=inside & (j < count), other=0.0).to(tl.float32),)
-        kept = ()
-        if states is not None:
-            x_end = x + (start + count) * x_row + channel
-            for j in tl.static_range(W - 1):  # column j is input count + j, history included
-                new = tl.load(x_end + (j + 1 - W) * x_row, mask=inside & (count + j >= W - 1), other=0.0).to(tl.float32)
-                for k in tl.static_range(j, W - 1):
-                    new = tl.where(count + j == k, inputs[k], new)
-                kept += (new,)
-        offset, taps = _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W, BD, FLAT)
-        for j in tl.static_range(W - 1):
-            y = convolved(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
-            tl.store(output + (start + j) * D + channel, y, mask=inside & (j < count))
-        if states is not None:
-            tl.debug_barrier()  # a state may be written by other threads than have read it
-            for j in tl.static_range(W - 1):
-                tl.store(s_at + (column + j) * s_column, kept[j].to(states.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["null_slot", "N", "L", "search", "span"])
 def _prefill_kernel(
     x, x_row, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots, slots_stride,
     has, has_stride, output, null_slot, N, L, D, search, span,
     W: tl.constexpr, BD: tl.constexpr, FLAT: tl.constexpr, ACTIVATE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A program a sequence, then one a block of tokens. A sequence's state is in the hands of one program alone, which
-    reads it before it writes it.
+    """A program a sequence, for what needs its old state: its first W - 1 outputs and its new state, which is in the
+    hands of this program alone, and read before it is written. Then one a block of tokens, for all other outputs and
+    the zeros of padding.
     """
     blocks = tl.cdiv(D, BD)
     unit, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if unit < N:
-        _head(
-            x, x_row, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots,
-            slots_stride, has, has_stride, output, null_slot, unit, D, block, W, BD, FLAT, ACTIVATE,
-        )  # fmt: skip
+        slot = slot_of(slots, slots_stride, unit, null_slot)
+        if slot >= 0:
+            channel = block * BD + tl.arange(0, BD)
+            inside = channel < D
+            start = tl.load(cu + unit.to(tl.int64) * cu_stride).to(tl.int64)
+            count = (tl.load(cu + (unit.to(tl.int64) + 1) * cu_stride) - start).to(tl.int32)
+            inputs = ()
+            column = tl.zeros([], tl.int64)  # 64 bits for what it is multiplied by
+            if states is not None:
+                s_at = states + slot * s_slot + channel.to(tl.int64) * s_channel
+                known = inside
+                if has is not None:
+                    known = inside & tl.load(has + unit.to(tl.int64) * has_stride)
+                for j in tl.static_range(W - 1):
+                    old = tl.load(s_at + (column + j) * s_column, mask=known, other=0.0)
+                    inputs += (old.to(tl.float32),)
+            else:
+                for _ in tl.static_range(W - 1):
+                    inputs += (tl.zeros([BD], tl.float32),)
+            x_at = x + start * x_row + channel
+            for j in tl.static_range(W - 1):
+                inputs += (tl.load(x_at + j * x_row, mask=inside & (j < count), other=0.0).to(tl.float32),)
+            kept = ()
+            if states is not None:
+                x_end = x + (start + count) * x_row + channel
+                for j in tl.static_range(W - 1):  # column j is input count + j, history included
+                    fresh = inside & (count + j >= W - 1)
+                    new = tl.load(x_end + (j + 1 - W) * x_row, mask=fresh, other=0.0).to(tl.float32)
+                    for k in tl.static_range(j, W - 1):
+                        new = tl.where(count + j == k, inputs[k], new)
+                    kept += (new,)
+            offset, taps = _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W, BD, FLAT)
+            for j in tl.static_range(W - 1):
+                y = convolved(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
+                tl.store(output + (start + j) * D + channel, y, mask=inside & (j < count))
+            if states is not None:
+                tl.debug_barrier()  # a state may be written by other threads than have read it
+                for j in tl.static_range(W - 1):
+                    tl.store(s_at + (column + j) * s_column, kept[j].to(states.dtype.element_ty), mask=inside)
     else:
-        _tokens(
-            x, x_row, weight, w_channel, w_tap, bias, cu, cu_stride, slots, slots_stride, output, null_slot,
-            (unit - N) * span, span, N, L, D, search, block, W, BD, FLAT, ACTIVATE, SIZE,
-        )  # fmt: skip
+        first = (unit - N) * span
+        channel = block * BD + tl.arange(0, BD)
+        inside = channel < D
+        end = tl.minimum(first + span, L)
+        x_at = x + first.to(tl.int64) * x_row + channel
+        o_at = output + first.to(tl.int64) * D + channel
+        past = ()
+        for j in tl.static_range(1 - W, 0):
+            past += (tl.load(x_at + j * x_row, mask=inside & (first > 0), other=0.0).to(tl.float32),)
+        group = ()
+        for j in tl.static_range(_GROUP):
+            group += (tl.load(x_at + j * x_row, mask=inside & (first + j < end), other=0.0),)
+        offset, taps = _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W, BD, FLAT)
+        own, silent = _sort_tokens(cu, cu_stride, slots, slots_stride, null_slot, N, search, first, end, W, SIZE)
+        if own != 0:
+            for i in range(0, span, _GROUP):
+                x_at += _GROUP * x_row
+                ahead = ()
+                for j in tl.static_range(_GROUP):
+                    ahead += (tl.load(x_at + j * x_row, mask=inside & (first + i + _GROUP + j < end), other=0.0),)
+                inputs = past
+                for j in tl.static_range(_GROUP):
+                    inputs += (group[j].to(tl.float32),)
+                for j in tl.static_range(_GROUP):
+                    y = convolved(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
+                    tl.store(o_at + j * D, y, mask=inside & (((own >> (i + j)) & 1) != 0))
+                o_at += _GROUP * D
+                past = inputs[_GROUP:]
+                group = ahead
+        if silent != 0:
+            nothing = tl.zeros([BD], output.dtype.element_ty)
+            for i in range(span):
+                at = output + (first + i).to(tl.int64) * D + channel
+                tl.store(at, nothing, mask=inside & (((silent >> i) & 1) != 0))
 
 
 @triton.jit(do_not_specialize=["null_slot", "N", "T", "L"])

@@ -143,15 +143,20 @@ def widen(x, C):
 
 
 @triton.jit
-def invert(N, scratch):
-    """``(I + N)^-1`` of strictly lower triangular N, whose diagonal is not looked at: blocks of 16, then pairs."""
-    left, right = halves(N)
+def blocks_of(x):
+    """What blocks of 32, of 16 and the diagonal have below each other in x, folded."""
+    left, right = halves(x)
     C32 = tl.where(odd(32), left, 0.0)
     left, right = halves(tl.where(odd(32), right, left))
-    C16 = tl.where(odd(16), left, 0.0)
-    own = tl.where(tl.arange(0, 64)[:, None] % 16 > tl.arange(0, 16)[None, :], tl.where(odd(16), right, left), 0.0)
-    x = widen(substitute(own, scratch), C16)
-    return widen(x, C32)
+    return C32, tl.where(odd(16), left, 0.0), tl.where(odd(16), right, left)
+
+
+@triton.jit
+def invert(N, scratch):
+    """``(I + N)^-1`` of strictly lower triangular N, whose diagonal is not looked at: blocks of 16, then pairs."""
+    C32, C16, own = blocks_of(N)
+    own = tl.where(tl.arange(0, 64)[:, None] % 16 > tl.arange(0, 16)[None, :], own, 0.0)
+    return widen(widen(substitute(own, scratch), C16), C32)
 
 
 @triton.jit
@@ -188,10 +193,8 @@ def store_gates(vectors, g, beta, first, length, head, g_row, beta_row, LOG: tl.
 @triton.jit
 def diagonal(x):
     """The diagonal of x, which lies in its diagonal blocks of 16."""
-    left, right = halves(x)
-    left, right = halves(tl.where(odd(32), right, left))
-    block = tl.where(odd(16), right, left)
-    return tl.sum(tl.where(tl.arange(0, 64)[:, None] % 16 == tl.arange(0, 16)[None, :], block, 0.0), axis=1)
+    _, _, own = blocks_of(x)
+    return tl.sum(tl.where(tl.arange(0, 64)[:, None] % 16 == tl.arange(0, 16)[None, :], own, 0.0), axis=1)
 
 
 @triton.jit

@@ -46,13 +46,26 @@ def prefill(call: Prefill, max_seqlen: int | None) -> None:
     """``chunk_gated_delta_rule``."""
     where, last = "chunk_gated_delta_rule", int(call.cu_seqlens[-1])  # what stands behind it is padding
     cu_seqlens(where, call.cu_seqlens, call.q.shape[0], max_seqlen)
-    g, beta = (None if x is None else x[:last] for x in (call.g, call.beta))
-    gates(where, g, "log" if call.log_gates else "linear", beta)
+    if call.g is not None and last:
+        low, high = float(call.g[:last].min()), float(call.g[:last].max())
+        if not call.log_gates and not (low >= 0 and high <= 1):
+            must = 'in [0, 1] with g_space="linear" (if these are logarithms, pass g_space="log")'
+            raise DataError(where, "g", f"between {low:g} and {high:g}", must)
+        if call.log_gates and not high <= 0:
+            must = 'at most 0 with g_space="log" (if this is alpha itself, pass g_space="linear")'
+            raise DataError(where, "g", f"as high as {high:g}", must)
+    if call.beta is not None and not bool(call.beta[:last].isfinite().all()):
+        raise DataError(where, "beta", "not finite somewhere", "finite")
     slots(where, "state_indices", call.state_indices, call.source, call.null_slot)
-    written_slots(where, "state_indices", call.state_indices, call.final_state, call.null_slot)
-    if call.checkpoints is not None and call.checkpoint_starts is not None:
-        rows = call.checkpoints.shape[0]
-        checkpoint_rows(where, call.checkpoint_starts, call.cu_seqlens, call.checkpoint_every, rows)
+    slots(where, "state_indices", call.state_indices, call.final_state, call.null_slot, written=True)
+    if call.checkpoints is None or call.checkpoint_starts is None:
+        return
+    rows, needed = len(call.checkpoints), call.cu_seqlens.diff().div(call.checkpoint_every, rounding_mode="floor")
+    bounds = itertools.pairwise(call.checkpoint_starts.tolist())
+    for i, ((first, behind), count) in enumerate(zip(bounds, needed.tolist(), strict=True)):
+        if first < 0 or first + count > min(behind, rows):
+            must = f"room for {count} checkpoints of sequence {i} within {rows} rows"
+            raise DataError(where, f"checkpoint_cu_starts[{i}:{i + 2}]", f"{first} to {behind}", must)
 
 
 def recurrent(where: str, call: Recurrent) -> None:
@@ -64,10 +77,11 @@ def recurrent(where: str, call: Recurrent) -> None:
     named = {"output_state_indices": call.write_slots, "ssm_state_indices": call.token_slots}
     if call.update_state and call.write_slots is None:
         named["initial_state_indices"] = call.read_slots
-    written = {name: indices[live] for name, indices in named.items() if indices is not None}
-    for name, indices in written.items():
-        written_slots(where, name, indices, call.state, call.null_slot)
-    columns = [x if x.dim() == 2 else x[:, None] for x in written.values()]
+    columns = []
+    for name, indices in named.items():
+        if indices is not None:
+            slots(where, name, indices[live], call.state, call.null_slot, written=True)
+            columns.append(indices[live] if indices.dim() == 2 else indices[live, None])
     if columns:
         _races(where, call.read_slots[live].tolist(), torch.cat(columns, dim=1).tolist(), call.null_slot)
 
@@ -104,44 +118,26 @@ def _live(indices: Tensor, null_slot: int) -> Tensor:
     return (indices >= 0) & (indices != null_slot)
 
 
-def slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int) -> None:
-    """Slots to read: below the size of the pool."""
+def slots(
+    where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int, *, written: bool = False
+) -> None:
+    """Slots to read or write: in range, and if written none named twice (two rows that write one slot race)."""
     if indices is None or pool is None:
         return
     beyond = indices[(indices >= pool.shape[0]) & (indices != null_slot)]
     if beyond.numel():
         raise DataError(where, name, f"{int(beyond[0])} somewhere", f"below {pool.shape[0]}, the slots of the pool")
-
-
-def written_slots(where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int) -> None:
-    """Slots to write: in range, and none named twice (two rows that write one slot race)."""
-    slots(where, name, indices, pool, null_slot)
-    if indices is None or pool is None:
-        return
     values, counts = indices[_live(indices, null_slot)].unique(return_counts=True)
-    if (counts > 1).any():
+    if written and (counts > 1).any():
         slot = int(values[counts > 1][0])
         raise DataError(where, name, f"{slot} more than once", "different for every row that writes")
-
-
-def gates(where: str, g: Tensor | None, g_space: str, beta: Tensor | None) -> None:
-    if g is not None and g.numel():
-        low, high = float(g.min()), float(g.max())
-        if g_space == "linear" and not (low >= 0 and high <= 1):
-            must = 'in [0, 1] with g_space="linear" (if these are logarithms, pass g_space="log")'
-            raise DataError(where, "g", f"between {low:g} and {high:g}", must)
-        if g_space == "log" and not high <= 0:
-            must = 'at most 0 with g_space="log" (if this is alpha itself, pass g_space="linear")'
-            raise DataError(where, "g", f"as high as {high:g}", must)
-    if beta is not None and not bool(beta.isfinite().all()):
-        raise DataError(where, "beta", "not finite somewhere", "finite")
 
 
 def conv(where: str, call: CausalConv1d | CausalConv1dUpdate) -> None:
     """``causal_conv1d`` and ``causal_conv1d_update``."""
     if call.cu_seqlens is not None:
         cu_seqlens(where, call.cu_seqlens, call.x.shape[0])
-    written_slots(where, "state_indices", call.state_indices, call.conv_states, call.null_slot)
+    slots(where, "state_indices", call.state_indices, call.conv_states, call.null_slot, written=True)
     if isinstance(call, CausalConv1dUpdate):
         accepted(where, call, call.conv_states.shape[-1], call.weight.shape[1], call.state_indices)
 
@@ -149,7 +145,7 @@ def conv(where: str, call: CausalConv1d | CausalConv1dUpdate) -> None:
 def step(call: GatedDeltaNetStep) -> None:
     """``gated_delta_net_step``."""
     where, width, indices = "gated_delta_net_step", call.conv_weight.shape[1], call.state_indices
-    written_slots(where, "state_indices", indices, call.state, call.null_slot)
+    slots(where, "state_indices", indices, call.state, call.null_slot, written=True)
     if call.cu_seqlens is not None:
         cu_seqlens(where, call.cu_seqlens, len(call.q))
         accepted(where, call, min(call.conv_states.shape[-1], width + indices.shape[1] - 2), width, indices[:, 0])
@@ -162,21 +158,11 @@ def batch_slots(batch: GatedDeltaNetBatch, state: LayerState) -> None:
     where = "GatedDeltaNetAttention"
     named = {"non_spec_state_indices": batch.non_spec_state_indices, "spec_state_indices": batch.spec_state_indices}
     for name, indices in named.items():
-        written_slots(where, name, indices, state.recurrent, slot_number(state.null_slot))
+        slots(where, name, indices, state.recurrent, slot_number(state.null_slot), written=True)
     has, decodes = batch.has_initial_state, batch.num_decodes
     if has is not None and not bool(has[:decodes].all()):
         must = "True for every decode (a fresh row is a prefill, of one token too)"
         raise DataError(where, "has_initial_state", "False for a decode", must)
-
-
-def checkpoint_rows(where: str, starts: Tensor, sequence_starts: Tensor, every: int, rows: int) -> None:
-    needed = sequence_starts.diff().div(every, rounding_mode="floor").tolist()
-    values = starts.tolist()
-    for i, count in enumerate(needed):
-        if values[i] < 0 or values[i] + count > min(values[i + 1], rows):
-            was = f"{values[i]} to {values[i + 1]}"
-            must = f"room for {count} checkpoints of sequence {i} within {rows} rows"
-            raise DataError(where, f"checkpoint_cu_starts[{i}:{i + 2}]", was, must)
 
 
 def accepted(

@@ -11,7 +11,8 @@ the dtype that the caller passes as ``dtype`` and rounds nothing in between.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -212,17 +213,6 @@ def _unit_lower_inverse(lower: Tensor) -> Tensor:
     return torch.cat((top, torch.cat((corner, second), dim=-1)), dim=-2)
 
 
-class _Inputs(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    alpha: Tensor
-    beta: Tensor
-    scale: float
-    dtype: torch.dtype
-    prepare: torch.dtype
-
-
 class _Prepared(NamedTuple):
     """What the scan needs of a run of chunks; it depends on no state. ``m`` chunks, ``C`` tokens each."""
 
@@ -240,8 +230,10 @@ class _Prepared(NamedTuple):
     """``[m, HS, C, 1]``: decay from after each token to the chunk's end."""
 
 
-def _prepare(inputs: _Inputs, tokens: Tensor, valid: Tensor) -> _Prepared:
-    q, k, v, alpha, beta, scale, dtype, prepare = inputs
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype,
+    prepare: torch.dtype, tokens: Tensor, valid: Tensor,
+) -> _Prepared:  # fmt: skip
     heads, size = alpha.shape[-1], tokens.shape[1]
 
     def gather(x: Tensor, to: torch.dtype) -> Tensor:
@@ -285,18 +277,19 @@ def _scan_chunk(state: Tensor, chunk: _Prepared) -> tuple[Tensor, Tensor]:
     return output, _plus_product(chunk.decay_in[..., -1:, :] * state, keys, chunk.decay_out * u)
 
 
-def _steps(inputs: _Inputs, plan: _Plan) -> Iterator[tuple[_Prepared, Tensor, Tensor | None]]:
+def _steps(
+    prepare: Callable[[Tensor, Tensor], _Prepared], plan: _Plan, heads: int
+) -> Iterator[tuple[_Prepared, Tensor, Tensor | None]]:
     """What all running sequences have at each step of the scan, prepared many steps at a time: their chunks, the packed
     positions of the tokens, chunk after chunk, and which of the chunks' rows these are, None for all.
     """
-    heads, chunk = inputs.alpha.shape[-1], plan.tokens.shape[1]
-    most = max(1, _PREPARED_ELEMENTS // (heads * chunk * chunk))
+    most = max(1, _PREPARED_ELEMENTS // (heads * plan.tokens.shape[1] ** 2))
     edges = list(accumulate(plan.widths, initial=0))
     step, steps = 0, len(plan.widths)
     while step < steps:
         stop = max(step + 1, bisect_right(edges, edges[step] + most) - 1)
         rows = slice(edges[step], edges[stop])
-        prepared = _prepare(inputs, plan.tokens[rows], plan.valid[rows])
+        prepared = prepare(plan.tokens[rows], plan.valid[rows])
         for i in range(step, stop):
             here = slice(edges[i] - edges[step], edges[i + 1] - edges[step])
             tokens = plan.tokens[edges[i] : edges[i + 1]].flatten()
@@ -338,8 +331,8 @@ def chunked(
     finished: list[Tensor] = []
     output = v.new_zeros(q.shape[0], heads, v.shape[-1], dtype=dtype) if out is None else out
     checkpoints: list[list[Tensor]] = [[] for _ in plan.order]
-    inputs = _Inputs(q, k, v, alpha, beta, scale, dtype, prepare or dtype)
-    for i, (prepared, tokens, valid) in enumerate(_steps(inputs, plan)):
+    chunks = partial(_prepare, q, k, v, alpha, beta, scale, dtype, prepare or dtype)
+    for i, (prepared, tokens, valid) in enumerate(_steps(chunks, plan, heads)):
         width, done = plan.widths[i], (i + 1) * chunk
         finished.append(running[width:])
         rows, running = _scan_chunk(running[:width], prepared)

@@ -75,11 +75,10 @@ def recurrent(call: Recurrent) -> None:
     if call.zero_padding:
         output.zero_()
     output[live] = result.to(output.dtype)
-    if snapshots is not None:
-        for t, after in enumerate(states):
+    for t, after in enumerate(states):
+        if snapshots is not None:
             snapshots[live, t] = after.to(snapshots.dtype)
-    if token_slots is not None:
-        for t, after in enumerate(states):
+        if token_slots is not None:
             _write(pool, token_slots[live, t], after, call.null_slot)
     if call.update_state:
         _write(pool, slots if write_slots is None else write_slots[live], final, call.null_slot)

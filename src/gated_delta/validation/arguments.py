@@ -88,17 +88,13 @@ class Arguments:
                 must = f"one of {LISTED_HEAD_SIZES}"
                 raise ShapeError(self.where, f"head size {name} (from {self.bound_by[name]})", self.sizes[name], must)
 
-    def number(self, name: str, value: Any) -> None:
+    def number(self, name: str, value: Any, *, least: float = -LARGEST) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise DtypeError(self.where, name, f"a {type(value).__name__}", "a number")
         if not -LARGEST <= value <= LARGEST:
             raise OptionError(self.where, name, value, "a finite number")
-
-    def positive(self, name: str, value: Any) -> None:
-        """A number that may be 0."""
-        self.number(name, value)
-        if value < 0:
-            raise OptionError(self.where, name, value, "at least 0")
+        if value < least:
+            raise OptionError(self.where, name, value, f"at least {least}")
 
     def flag(self, name: str, value: Any) -> None:
         if not isinstance(value, bool):

@@ -150,7 +150,7 @@ def norm(call: RmsNormGated) -> Arguments:
     leading = range(call.x.dim() - 1) if isinstance(call.x, Tensor) else ()
     args = Arguments("rms_norm_gated", LEADING=" ".join(f"D{i}" for i in leading))
     _tensors(args, call, library.TENSORS[type(call)])
-    args.positive("eps", call.eps)
+    args.number("eps", call.eps, least=0)
     args.word("activation", call.activation, ("silu", "swish", "sigmoid"))
     return args
 
@@ -173,7 +173,7 @@ def step(call: GatedDeltaNetStep) -> Arguments:
     if columns > most:
         must = f"of at most {most} columns, as conv_states has {args.sizes['C']} for a width of {args.sizes['W']}"
         raise ShapeError(args.where, "state_indices", f"of {columns} columns", must)
-    args.positive("eps", call.eps)
+    args.number("eps", call.eps, least=0)
     args.word("activation", call.activation, ("silu", "swish", "sigmoid"))
     args.scale(call.scale)
     args.flag("allow_neg_eigval", call.allow_neg_eigval)

@@ -57,30 +57,6 @@ def _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W: tl.constexpr, BD
     return offset, taps
 
 
-@triton.jit
-def _sort_tokens(
-    cu, cu_stride, slots, slots_stride, null_slot, N, search, first, end, W: tl.constexpr, SIZE: tl.constexpr
-):  # fmt: skip
-    """Bit masks of the tokens from ``first`` on: those to compute here, and those whose output is zero. The first
-    W - 1 tokens of a sequence are in neither.
-    """
-    bit = tl.arange(0, SIZE)
-    token = first + bit
-    row = tl.zeros([SIZE], tl.int32)
-    step = search
-    while step > 0:  # towards the last row that starts at or before the token
-        later = row + step
-        start = tl.load(cu + later.to(tl.int64) * cu_stride, mask=later < N, other=0)
-        row = tl.where((later < N) & (start <= token), later, row)
-        step = step // 2
-    live = (token < tl.load(cu + N.to(tl.int64) * cu_stride)) & (slot_of(slots, slots_stride, row, null_slot) >= 0)
-    own = live & (token - tl.load(cu + row.to(tl.int64) * cu_stride) >= W - 1)
-    one = tl.full([SIZE], 1, tl.int32) << bit  # a sum of different bits is their union
-    own = tl.sum(tl.where(own & (token < end), one, 0), 0)
-    silent = tl.sum(tl.where((token < end) & (live == 0), one, 0), 0)
-    return own, silent
-
-
 @triton.jit(do_not_specialize=["null_slot", "N", "L", "search", "span"])
 def _prefill_kernel(
     x, x_row, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots, slots_stride,
@@ -147,7 +123,22 @@ def _prefill_kernel(
         for j in tl.static_range(_GROUP):
             group += (tl.load(x_at + j * x_row, mask=inside & (first + j < end), other=0.0),)
         offset, taps = _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W, BD, FLAT)
-        own, silent = _sort_tokens(cu, cu_stride, slots, slots_stride, null_slot, N, search, first, end, W, SIZE)
+        # Bit masks of the tokens to compute here, and of those whose output is zero; the first W - 1 tokens of a
+        # sequence are in neither.
+        bit = tl.arange(0, SIZE)
+        token = first + bit
+        row = tl.zeros([SIZE], tl.int32)
+        step = search
+        while step > 0:  # towards the last row that starts at or before the token
+            later = row + step
+            start = tl.load(cu + later.to(tl.int64) * cu_stride, mask=later < N, other=0)
+            row = tl.where((later < N) & (start <= token), later, row)
+            step = step // 2
+        live = (token < tl.load(cu + N.to(tl.int64) * cu_stride)) & (slot_of(slots, slots_stride, row, null_slot) >= 0)
+        own = live & (token - tl.load(cu + row.to(tl.int64) * cu_stride) >= W - 1)
+        one = tl.full([SIZE], 1, tl.int32) << bit  # a sum of different bits is their union
+        own = tl.sum(tl.where(own & (token < end), one, 0), 0)
+        silent = tl.sum(tl.where((token < end) & (live == 0), one, 0), 0)
         if own != 0:
             for i in range(0, span, _GROUP):
                 x_at += _GROUP * x_row

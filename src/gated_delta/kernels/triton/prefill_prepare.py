@@ -160,25 +160,20 @@ def invert(N, scratch):
 
 
 @triton.jit
-def log2_decay(g, first, stride, inside, LOG: tl.constexpr):
-    """``log2 alpha`` of 64 tokens from alpha or its natural logarithm; 0 where there is no token."""
-    n = tl.arange(0, 64)
-    if g is None:
-        x = tl.zeros([64], tl.float32)
-    else:
-        x = tl.load(g + first + n * stride, mask=inside, other=0.0 if LOG else 1.0).to(tl.float32)
-        if LOG:
-            x *= 1.4426950408889634
-        else:
-            x = tl.where(x < 1e-37, -160.0, tl.log2(tl.maximum(x, 1e-37)))
-    return tl.maximum(x, -160.0)
-
-
-@triton.jit
 def store_gates(vectors, g, beta, first, length, head, g_row, beta_row, LOG: tl.constexpr):
-    """Gates of a chunk, kept in memory so that every use has them where it needs them."""
+    """Gates of a chunk from alpha or its natural logarithm, kept in memory so that every use has them where it needs
+    them; where there is no token alpha is 1 and beta 0.
+    """
     n = tl.arange(0, 64)
-    log_alpha = log2_decay(g, first * g_row + head, g_row, n < length, LOG)
+    log_alpha = tl.zeros([64], tl.float32)
+    if g is not None:
+        g += first * g_row + head + n * g_row
+        log_alpha = tl.load(g, mask=n < length, other=0.0 if LOG else 1.0).to(tl.float32)
+        if LOG:
+            log_alpha *= 1.4426950408889634
+        else:
+            log_alpha = tl.where(log_alpha < 1e-37, -160.0, tl.log2(tl.maximum(log_alpha, 1e-37)))
+    log_alpha = tl.maximum(log_alpha, -160.0)
     high = tl.floor(log_alpha * 8.0 + 0.5) * 0.125
     strength = tl.full([64], 1.0, tl.float32)
     if beta is not None:
@@ -195,26 +190,6 @@ def diagonal(x):
     """The diagonal of x, which lies in its diagonal blocks of 16."""
     _, _, own = blocks_of(x)
     return tl.sum(tl.where(tl.arange(0, 64)[:, None] % 16 == tl.arange(0, 16)[None, :], own, 0.0), axis=1)
-
-
-@triton.jit
-def store_norms(vectors, KK, QQ, NORM: tl.constexpr):
-    """The factor of each row of k and of q, 1 unless rows are to be normalised."""
-    n, which = tl.arange(0, 64), tl.arange(0, 2)
-    squares = tl.full([64, 2], 1.0, tl.float32)
-    if NORM:
-        squares = tl.rsqrt(tl.join(diagonal(KK), diagonal(QQ)) + 1e-6)
-    tl.store(vectors + NORM_K + (NORM_Q - NORM_K) * which[None, :] + n[:, None], squares)
-
-
-@triton.jit
-def store_factors(vectors):
-    """What the scan multiplies rows with, and the decay of its state. Overwrites the factors that normalise q."""
-    n = tl.arange(0, 64)
-    start = tl.exp2(tl.load(vectors + HIGH + n)) * tl.load(vectors + REST + n)
-    tl.store(vectors + FROM_K + n, start * tl.load(vectors + NORM_K + n))
-    tl.store(vectors + FROM_Q + n, start * tl.load(vectors + NORM_Q + n))
-    tl.store(vectors + DECAY, tl.exp2(tl.load(vectors + HIGH + 63)) * tl.load(vectors + REST + 63))
 
 
 @triton.jit(do_not_specialize=["N", "null_slot"])
@@ -253,7 +228,10 @@ def prepare(
         if NORM:
             QQ = tl.dot(qt, tl.trans(qt), QQ)
         KK, QK = tl.dot(kt, tl.trans(kt), KK), tl.dot(qt, tl.trans(kt), QK)
-    store_norms(vectors, KK, QQ, NORM)
+    squares = tl.full([64, 2], 1.0, tl.float32)
+    if NORM:
+        squares = tl.rsqrt(tl.join(diagonal(KK), diagonal(QQ)) + 1e-6)
+    tl.store(vectors + NORM_K + (NORM_Q - NORM_K) * tl.arange(0, 2)[None, :] + i, squares)
     tl.debug_barrier()
 
     # Triangles of k, and of q and k.
@@ -265,7 +243,11 @@ def prepare(
     N = KK * (decay * (tl.load(vectors + BETA + n) * rest * norm)[:, None])
     T = invert(N, work.to(tl.pointer_type(tl.float32), bitcast=True))
 
-    store_factors(vectors)  # behind the barrier of invert
+    # For the scan, behind the barrier of invert: overwrites the factors that normalise q.
+    start = tl.exp2(tl.load(vectors + HIGH + n)) * tl.load(vectors + REST + n)
+    tl.store(vectors + FROM_K + n, start * tl.load(vectors + NORM_K + n))
+    tl.store(vectors + FROM_Q + n, start * tl.load(vectors + NORM_Q + n))
+    tl.store(vectors + DECAY, tl.exp2(tl.load(vectors + HIGH + 63)) * tl.load(vectors + REST + 63))
 
     # Here and below: loaded again rather than kept in registers.
     T *= tl.load(vectors + BETA + n)[None, :]

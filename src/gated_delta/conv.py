@@ -36,10 +36,10 @@ def causal_conv1d(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.given(
-        library.CausalConv1d, x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state,
-        activation is not None, null_slot, None,
-    )  # fmt: skip
+    call = library.CausalConv1d._make((
+        x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation is not None, null_slot,
+        None,
+    ))  # fmt: skip
     return _run(library.causal_conv1d, call, activation, backend)
 
 
@@ -68,10 +68,10 @@ def causal_conv1d_update(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.given(
-        library.CausalConv1dUpdate, x, conv_states, weight, bias, activation is not None, state_indices,
-        num_accepted_tokens, cu_seqlens, null_slot, None,
-    )  # fmt: skip
+    call = library.CausalConv1dUpdate._make((
+        x, conv_states, weight, bias, activation is not None, state_indices, num_accepted_tokens, cu_seqlens,
+        null_slot, None,
+    ))  # fmt: skip
     return _run(library.causal_conv1d_update, call, activation, backend)
 
 

@@ -127,10 +127,10 @@ def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = F
         return planned
     (where, scale, use_qk_l2norm, allow_neg_eigval, backend, update, null_slot, state_v_first, q, k, v, state, A_log, a,
      dt_bias, b, output, read_slots, write_slots, token_slots, snapshots) = fields  # fmt: skip
-    call = library.given(
-        library.Recurrent, q, k, v, state, state_v_first, A_log, a, dt_bias, b, scale, use_qk_l2norm, allow_neg_eigval,
+    call = library.Recurrent._make((
+        q, k, v, state, state_v_first, A_log, a, dt_bias, b, scale, use_qk_l2norm, allow_neg_eigval,
         read_slots, null_slot, update, write_slots, token_slots, snapshots, output, output is None,
-    )  # fmt: skip
+    ))  # fmt: skip
     args = operators.recurrent(where, call, state_name=state_name, single=single)
     backend = dispatch.serving(args, q, backend)
     call = call._replace(

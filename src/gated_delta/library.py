@@ -1,5 +1,6 @@
 """The operators as torch sees them: a record of each one's arguments, which validation judges, backends take, and torch
-has its schema from; fakes, and the way to each backend.
+has its schema from; fakes, and the way to each backend. Until a call has been judged, anything may stand in its record,
+which is why operators ``_make`` them.
 
 An operator writes into tensors that its caller made and returns nothing, so its fake has nothing to say and a
 compiler sees every mutation. Implementations are imported when they first run: importing this module imports none.
@@ -8,7 +9,7 @@ compiler sees every mutation. Implementations are imported when they first run: 
 
 from functools import cache
 from importlib import import_module
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -171,17 +172,11 @@ class GatedDeltaNetStep(NamedTuple):
 
 TENSORS: dict[type, tuple[tuple[str, bool, Asked], ...]] = {}
 """Of each record: a tensor's field, whether it may be left out, what is asked of it."""
-T = TypeVar("T")
 
 
 def slot_number(null_slot: int | None) -> int:
     """``null_slot`` as the backends take it: -1 when there is none, since negative slots are padding anyway."""
     return -1 if null_slot is None else null_slot
-
-
-def given(record: type[T], *args: Any) -> T:
-    """A record of arguments as they came in: until a call has been judged, anything may be anywhere."""
-    return record(*args)
 
 
 @cache

@@ -24,7 +24,7 @@ def rms_norm_gated(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.given(library.RmsNormGated, x, z, weight, eps, activation, output)
+    call = library.RmsNormGated._make((x, z, weight, eps, activation, output))
     backend = dispatch.serving(operators.norm(call), x, backend)
     if output is None:
         output = torch.empty_like(x, memory_format=torch.contiguous_format)

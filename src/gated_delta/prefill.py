@@ -46,11 +46,11 @@ def chunk_gated_delta_rule(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.given(
-        library.Prefill, q, k, v, g, beta, scale, cu_seqlens, initial_state, has_initial_state, state_indices,
-        null_slot, False, use_qk_l2norm_in_kernel, g_space == "log", output, output is None, output_state,
-        state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens, deterministic is not None,
-    )  # fmt: skip
+    call = library.Prefill._make((
+        q, k, v, g, beta, scale, cu_seqlens, initial_state, has_initial_state, state_indices, null_slot, False,
+        use_qk_l2norm_in_kernel, g_space == "log", output, output is None, output_state, state_checkpoints,
+        checkpoint_cu_starts, checkpoint_every_n_tokens, deterministic is not None,
+    ))  # fmt: skip
     return _run(call, output_final_state, max_seqlen, backend, g_space=g_space, deterministic=deterministic)
 
 

@@ -44,11 +44,10 @@ def gated_delta_net_step(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.given(
-        library.GatedDeltaNetStep, q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight,
-        scale, eps, activation, allow_neg_eigval, state_indices, cu_seqlens, num_accepted_tokens, tickets, null_slot,
-        output,
-    )  # fmt: skip
+    call = library.GatedDeltaNetStep._make((
+        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, scale, eps, activation,
+        allow_neg_eigval, state_indices, cu_seqlens, num_accepted_tokens, tickets, null_slot, output,
+    ))  # fmt: skip
     backend = plans.judged((*call, backend), lambda: dispatch.serving(operators.step(call), q, backend))
     if output is None:
         output = q.new_empty(len(v), v.shape[1] * v.shape[2], v.shape[3])

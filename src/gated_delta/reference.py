@@ -196,23 +196,6 @@ def _plan(spans: Sequence[tuple[int, int]], chunk: int, device: torch.device) ->
     return _Plan(order, widths, torch.minimum(tokens, stop - 1), tokens < stop, full)
 
 
-def _unit_lower_inverse(lower: Tensor) -> Tensor:
-    """``(I + lower)^-1`` for strictly lower triangular matrices: blocks of 8 by substitution, then merged pairwise.
-
-    A product form such as ``(I - N)(I + N^2)...`` would be shorter, but its powers grow without bound for similar
-    keys; substitution never forms them.
-    """
-    size = lower.shape[-1]
-    if size <= 8:
-        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower + eye, eye.expand_as(lower), upper=False, unitriangular=True)
-    half = size // 2
-    first, second = _unit_lower_inverse(torch.stack((lower[..., :half, :half], lower[..., half:, half:])))
-    corner = -(second @ lower[..., half:, :half] @ first)
-    top = torch.cat((first, torch.zeros_like(first)), dim=-1)
-    return torch.cat((top, torch.cat((corner, second), dim=-1)), dim=-2)
-
-
 class _Prepared(NamedTuple):
     """What the scan needs of a run of chunks; it depends on no state. ``m`` chunks, ``C`` tokens each."""
 
@@ -251,10 +234,12 @@ def _prepare(
     qk = torch.cat((gather(q, prepare) * scale, k), dim=-2)
     scores = expand_heads(qk @ k.transpose(-1, -2), heads, dim=1)
     lower = (scores[..., size:, :] * gamma * beta[..., None]).tril(-1)
+    # By substitution: a product form such as (I - N)(I + N^2)... has powers that grow without bound for similar keys.
+    solve = torch.linalg.solve_triangular(lower, torch.diag_embed(beta), upper=False, unitriangular=True)
     return _Prepared(
         qk=qk.to(dtype),
         v=gather(v, dtype),
-        solve=(_unit_lower_inverse(lower) * beta[..., None, :]).to(dtype),
+        solve=solve.to(dtype),
         attend=(scores[..., :size, :] * gamma).to(dtype),
         decay_in=alpha.cumprod(-1)[..., None].to(dtype),
         decay_out=decay_out.to(dtype),

@@ -60,7 +60,12 @@ def _run(
     args = operators.prefill(call, wants_state, max_seqlen, **words)
     q, sizes = call.q, args.sizes
     backend = dispatch.serving(args, q, backend)
-    final = _final_state(call, sizes) if wants_state else call.final_state
+    final = call.final_state
+    if wants_state and final is None and call.state_indices is not None:
+        final = call.initial_state
+    if wants_state and final is None:
+        dtype = torch.float32 if call.initial_state is None else call.initial_state.dtype
+        final = q.new_empty(sizes["N"], sizes["HS"], sizes["V"], sizes["K"], dtype=dtype)
     in_place = final is not None and final is call.initial_state
     call = call._replace(
         scale=reference.resolve_scale(call.scale, sizes["K"]),
@@ -77,13 +82,3 @@ def _run(
         return call.output
     assert final is not None
     return call.output, final
-
-
-def _final_state(call: library.Prefill, sizes: dict[str, int]) -> Tensor:
-    """Where the final states go."""
-    if call.final_state is not None:
-        return call.final_state
-    if call.state_indices is not None and call.initial_state is not None:
-        return call.initial_state
-    dtype = torch.float32 if call.initial_state is None else call.initial_state.dtype
-    return call.q.new_empty(sizes["N"], sizes["HS"], sizes["V"], sizes["K"], dtype=dtype)

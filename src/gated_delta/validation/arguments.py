@@ -77,17 +77,6 @@ class Arguments:
         if value is not None:
             self.tensor(name, value, spec, dtypes, **options)
 
-    def same_dtype(self, first: str, a: Tensor, second: str, b: Tensor) -> None:
-        if a.dtype != b.dtype:
-            must = f"{describe_dtypes([a.dtype])}, as {first} is"
-            raise DtypeError(self.where, second, describe_dtypes([b.dtype]), must)
-
-    def head_sizes(self) -> None:
-        for name in ("K", "V"):
-            if self.sizes[name] not in HEAD_SIZES:
-                must = f"one of {LISTED_HEAD_SIZES}"
-                raise ShapeError(self.where, f"head size {name} (from {self.bound_by[name]})", self.sizes[name], must)
-
     def number(self, name: str, value: Any, *, least: float = -LARGEST) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise DtypeError(self.where, name, f"a {type(value).__name__}", "a number")

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from gated_delta import library
-from gated_delta.errors import OptionError, ShapeError
+from gated_delta.errors import DtypeError, OptionError, ShapeError
 from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill, Recurrent, RmsNormGated
-from gated_delta.validation.arguments import Arguments
+from gated_delta.validation.arguments import HEAD_SIZES, LISTED_HEAD_SIZES, Arguments, describe_dtypes
 
 CHECKPOINT_MULTIPLE = 64
 _G_SPACE = '"linear" (g is the forget gate alpha itself, in [0, 1]) or "log" (g is its natural logarithm, at most 0)'
@@ -193,9 +193,14 @@ def _tensors(args: Arguments, call: Any, tensors: Iterable[tuple[str, bool, libr
 def _qkv(args: Arguments, call: Prefill | Recurrent | GatedDeltaNetStep) -> None:
     """The first three of a record."""
     _tensors(args, call, library.TENSORS[type(call)][:3])
-    args.same_dtype("q", call.q, "k", call.k)
-    args.same_dtype("q", call.q, "v", call.v)
-    args.head_sizes()
+    for name, x in (("k", call.k), ("v", call.v)):
+        if x.dtype != call.q.dtype:
+            must = f"{describe_dtypes([call.q.dtype])}, as q is"
+            raise DtypeError(args.where, name, describe_dtypes([x.dtype]), must)
+    for name in ("K", "V"):
+        if args.sizes[name] not in HEAD_SIZES:
+            was, must = args.sizes[name], f"one of {LISTED_HEAD_SIZES}"
+            raise ShapeError(args.where, f"head size {name} (from {args.bound_by[name]})", was, must)
 
 
 def _width(args: Arguments, weight: str) -> int:

@@ -90,16 +90,12 @@ def gated_delta_rule_mtp(
     """T >= 1 tokens of every row against states in a pool; a state stays in fp32 between the tokens of one call.
 
     Args:
-        q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; a, b: ``[B, T, HV]``. These, A_log, dt_bias, scale, output,
-            use_qk_l2norm, allow_neg_eigval and backend are as for :func:`gated_delta_rule_decode`.
-        initial_state: the pool ``[P, HV, V, K]`` with any slot and head strides, written in place.
-        initial_state_indices: ``[B]`` int32 or int64 slots to read; negative ones, and ``null_slot``, are padding.
-        intermediate_states_buffer: ``[>=B, >=T, HV, V, K]``: row b, step t receives the state after token t.
+        q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; a, b: ``[B, T, HV]``. These and all that is not named here are as
+            for :func:`gated_delta_rule_decode_pretranspose` with a pool, which is written in place.
         ssm_state_indices: ``[B, T]`` slots for the state after each token; negative: skipped. Needs T >= 2 and
-            ``disable_state_update=False``, excludes the buffer; the slot that was read stays intact unless named.
+            ``disable_state_update=False``, excludes the buffer; the slot that was read stays intact unless named, by
+            ``output_state_indices`` too.
         disable_state_update: True writes no final state. None means True, with a DeprecationWarning.
-        output_state_indices: ``[B]`` slots for the final states; where they were read when None (nowhere with
-            ``ssm_state_indices``); negative: none.
 
     Returns:
         The pair (output ``[B, T, HV, V]``, pool).

@@ -53,12 +53,11 @@ def judged(call: Sequence[Any], judge: Callable[[], Any]) -> Any:
     try:
         options = (None if isinstance(x, Tensor) else x for x in call)
         key = (len(call[0]), *options, *map(type, call), torch.is_grad_enabled())
-        alike = _JUDGED.get(key, [])
+        for plan in _JUDGED.get(key, []):
+            if plan.guards.check(*given):
+                return plan.launch
     except TypeError:  # no tensor, or no hashable option: judging it will say so
         return judge()
-    for plan in alike:
-        if plan.guards.check(*given):
-            return plan.launch
     found = judge()
     _keep(_JUDGED, key, given, found)
     return found

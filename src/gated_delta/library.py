@@ -190,7 +190,7 @@ def bound_recurrent(call: Recurrent, backend: str) -> Any:
 
 
 def _schema(record: Any) -> str:
-    """The arguments as torch writes them, each written tensor with a letter of its own."""
+    """The arguments as torch writes them, a letter for each written tensor; notes what is asked of tensors."""
     letters, arguments, tensors = iter("abcd"), [], []
     for name, hint in get_type_hints(record, include_extras=True).items():
         optional = type(None) in get_args(hint)

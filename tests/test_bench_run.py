@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from gated_delta import cli
-from gated_delta.bench import cases, peers, plots, records, run, soak
+from gated_delta.bench import cases, peers, plots, records, run
 from gated_delta.bench import cli as bench_cli
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.peers.fla import TRANSFORMERS
@@ -302,16 +302,6 @@ def test_options_reach_the_run(command: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert len(everything.cases) == len(cases.MODELS) * len(cases.SEQUENCES)
 
 
-def test_soak_fails_when_something_is_wrong(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fine = command("--soak", "6", "--device", "cpu")
-    assert fine.status == 0
-    assert "6 calls on cpu: 0 wrong" in fine.words
-    monkeypatch.setattr(soak, "fault_of", lambda case, device: "wrong on purpose")
-    broken = command("--soak", "2", "--device", "cpu")
-    assert broken.status == 1
-    assert broken.words.count(": wrong on purpose") == 2
-
-
 def test_compare_shows_what_got_slower(command: Any, tmp_path: Path) -> None:
     for name, us in (("a", 100.0), ("b", 110.0)):
         records.write(tmp_path / f"{name}.csv", [Row("norm", "16/32 B=64", peers.OURS, us=us)])
@@ -349,7 +339,6 @@ BAD: list[tuple[list[str], str]] = [
     (["--peers", "nobody"],
      "bench: --peers is 'nobody'; it must be auto, none, or of flashinfer, flashqla, fla, transformers: there is no "
      "such adapter"),
-    (["--soak", "-1"], "Invalid value for '--soak':"),
     (["--limit", "0"], "Invalid value for '--limit':"),
     (["--bogus"], "No such option:"),
     (["--device", "tpu"], "command line: --device is 'tpu'; it must be \"auto\", \"cpu\" or \"cuda\""),

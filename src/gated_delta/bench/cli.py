@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -15,7 +14,6 @@ from typer.core import TyperGroup
 
 from gated_delta.bench import cases, machine, peers, plots, records, report
 from gated_delta.bench.run import Bench
-from gated_delta.bench.soak import soak
 from gated_delta.errors import OptionError
 
 T = TypeVar("T")
@@ -85,7 +83,6 @@ def run_command(
     ] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of each group.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.csv and the pictures.")] = None,
-    soak_: Annotated[int, typer.Option("--soak", min=0, help="Instead: so many random calls, checked.")] = 0,
     limit: Annotated[float, typer.Option(min=0.1, help="Seconds that a contender may take for one step.")] = 120.0,
     device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
 ) -> None:
@@ -93,10 +90,6 @@ def run_command(
     from gated_delta.cli import pick_device  # noqa: PLC0415 - it mounts this module
 
     place = pick_device(device)
-    if soak_:
-        with progress("measuring", soak_) as advance:
-            fine = soak(soak_, torch.device(place), advance, _say)
-        raise typer.Exit(0 if fine else 1)
     layouts, every = ",".join(map(str, cases.MODELS)), ",".join(cases.SEQUENCES)
     chosen = cases.select(
         parsed(",".join(groups or cases.DEFAULT_GROUPS), "GROUP", among(cases.GROUPS)),

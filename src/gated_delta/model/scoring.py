@@ -24,8 +24,7 @@ def score_steps(text: bytes, window: int) -> int:
     """
     if len(text) < 2:
         raise OptionError("score", "the text", f"{len(text)} bytes long", "at least 2 bytes long")
-    windows = -(-(len(text) - 1) // window)
-    return sum(min(window, len(text) - 1 - first * window) for first in range(0, windows, ROWS))
+    return sum(min(window, len(text) - 1 - first) for first in range(0, len(text) - 1, ROWS * window))
 
 
 def score(

@@ -50,8 +50,10 @@ class Session:
             state_dtype=state_dtype, device=device,
         )  # fmt: skip
         self._slots = [self._pool.allocate(drafts + 1) for _ in range(rows)]
-        self._kv = [KVCache(config, rows, self.device) for _ in range(attention.count(True))]
-        self._place = [attention[:i].count(kind) for i, kind in enumerate(attention)]
+        self.states: list[LayerState | KVCache] = [
+            KVCache(config, rows, self.device) if here else self._pool.layer(attention[:i].count(False))
+            for i, here in enumerate(attention)
+        ]
         self.length = 0
         self._accepted = 1
         self._stepped = 0
@@ -80,14 +82,6 @@ class Session:
         self.length += tokens
         self._stepped = 0
 
-    def layer_state(self, layer: int) -> LayerState:
-        """GDN state of model layer ``layer``."""
-        return self._pool.layer(self._place[layer])
-
-    def kv_cache(self, layer: int) -> KVCache:
-        """KV cache of model layer ``layer``."""
-        return self._kv[self._place[layer]]
-
     @property
     def state_bytes(self) -> int:
         """Bytes of GDN state that one sequence holds, whatever its length: a slot, and one more for each draft."""
@@ -95,7 +89,6 @@ class Session:
 
     def kv_bytes(self) -> tuple[int, int]:
         """Bytes of KV cache of a sequence now: of the attention layers, and what the GDN layers would add as such."""
-        cache = self._kv[0].keys
-        per_layer = 2 * self.length * cache[0, 0].numel() * cache.element_size()
-        attention = len(self._kv)
-        return per_layer * attention, per_layer * (self.config.layers - attention)
+        attention = [state for state in self.states if isinstance(state, KVCache)]
+        per_layer = 2 * self.length * attention[0].keys[0, 0].nbytes
+        return per_layer * len(attention), per_layer * (self.config.layers - len(attention))

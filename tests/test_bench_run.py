@@ -344,9 +344,9 @@ BAD: list[tuple[list[str], str]] = [
     (["--device", "tpu"], "command line: --device is 'tpu'; it must be \"auto\", \"cpu\" or \"cuda\""),
     (["--device", "cuda"], 'command line: --device is "cuda"; it must be "cpu": torch sees no GPU here'),
     (["plot"], "Missing argument 'CSV...'."),
-    (["plot", "no-such.csv"], "bench: CSV is no-such.csv; it must be an existing file"),
-    (["compare", "a.csv"], "Missing argument 'B.csv'."),
-    (["compare", "a.csv", "b.csv"], "bench: CSV is a.csv; it must be an existing file"),
+    (["plot", "no-such.csv"], "Invalid value for 'CSV...':"),
+    (["compare", __file__], "Missing argument 'B.csv'."),
+    (["compare", "a.csv", "b.csv"], "Invalid value for 'A.csv':"),
     (["norm", "--out", __file__],
      f"bench: --out is {__file__} (File exists); it must be a folder, or a name for a new one"),
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from gated_delta import __version__
 from gated_delta.bench.cli import app as bench_app
-from gated_delta.bench.cli import progress
+from gated_delta.bench.cli import existing_file, progress
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
 from gated_delta.model.generation import Options, Summary, generate
@@ -103,15 +103,11 @@ def _summary_table(summary: Summary, device: str) -> Table:
 
 
 @app.command("score")
-def score_command(file: Annotated[Path, typer.Argument(help="Any text file.")], device: DeviceOption = "auto") -> None:
+def score_command(
+    file: Annotated[Path, existing_file("FILE", "Any text file.")], device: DeviceOption = "auto"
+) -> None:
     """Bits per byte of a text file, with the state kept in fp32 and in bf16."""
-    if not file.is_file():
-        raise OptionError("score", "FILE", str(file), "an existing file")
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise OptionError("score", "FILE", f"{file} ({error.strerror})", "a file that can be read") from error
-    place = pick_device(device)
+    text, place = file.read_bytes(), pick_device(device)
     model = load_model(place)
     steps = score_steps(text, model.config.max_positions)
     title = escape(f"{printable(file.name)}: {len(text):,} bytes on {place}")

@@ -66,6 +66,11 @@ def sequences(word: str) -> str:
     return word
 
 
+def existing_file(name: str, words: str = "") -> Any:
+    """An argument: a file that is there and can be read."""
+    return typer.Argument(metavar=name, help=words, exists=True, dir_okay=False, readable=True)
+
+
 @app.command("run")
 def run_command(
     groups: Annotated[
@@ -152,7 +157,7 @@ def _draw(rows: Sequence[records.Row], out: Path) -> None:
 
 @app.command("plot")
 def plot_command(
-    files: Annotated[list[Path], typer.Argument(metavar="CSV...", help="What runs have left.")],
+    files: Annotated[list[Path], existing_file("CSV...", "What runs have left.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures, if not that of the first file.")] = None,
 ) -> None:
     """Draw the pictures of one or several CSV files again."""
@@ -166,8 +171,8 @@ def plot_command(
 
 @app.command("compare")
 def compare_command(
-    before: Annotated[Path, typer.Argument(metavar="A.csv")],
-    after: Annotated[Path, typer.Argument(metavar="B.csv")],
+    before: Annotated[Path, existing_file("A.csv")],
+    after: Annotated[Path, existing_file("B.csv")],
     threshold: Annotated[float, typer.Option(min=0, help="Per cent of change that is shown.")] = 3.0,
 ) -> None:
     """What got slower, or faster, from one run to another."""

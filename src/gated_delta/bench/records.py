@@ -95,10 +95,8 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 def read(path: Path) -> list[Row]:
     """Raises:
-    OptionError: no such file, or not a file that :func:`write` wrote.
+    OptionError: not a file that :func:`write` wrote.
     """
-    if not path.is_file():
-        raise OptionError("bench", "CSV", str(path), "an existing file")
     try:
         with path.open(newline="") as file:
             lines = csv.DictReader(file)

@@ -283,11 +283,11 @@ def test_without_matplotlib_there_is_a_csv_and_a_sentence(
     monkeypatch.setattr(Bench, "run", lambda self: iter([[Row("norm", "x", peers.OURS, us=2.0)]]))
     result = command("norm", "--device", "cpu", "--out", str(tmp_path))
     assert result.status == 0
-    assert 'no pictures: matplotlib is not installed (pip install "gated-delta[bench]")' in result.words
+    missing = 'bench plot: matplotlib is not installed; it must be installed: pip install "gated-delta[bench]"'
+    assert f"no pictures: {missing}; gated-delta bench plot draws them later" in result.words
     assert [path.name for path in tmp_path.iterdir()] == ["bench.csv"]
     refused = command("plot", str(tmp_path / "bench.csv"))
-    assert refused.status == 2
-    assert refused.err.startswith("gated-delta: bench plot: matplotlib is not installed; it must be ")
+    assert (refused.status, refused.err) == (2, f"gated-delta: {missing}\n")
 
 
 def test_options_reach_the_run(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

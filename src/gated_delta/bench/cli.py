@@ -123,7 +123,10 @@ def run_command(
     console.print(report.tables(rows))
     if out is not None:
         _say(f"written: {out / 'bench.csv'}")
-        _draw(rows, out)
+        try:
+            _draw(rows, out)
+        except OptionError as error:
+            _say(f"no pictures: {error}; gated-delta bench plot draws them later")
 
 
 def _make_folder(out: Path) -> None:
@@ -147,10 +150,6 @@ def _say(line: str) -> None:
 
 
 def _draw(rows: Sequence[records.Row], out: Path) -> None:
-    """The pictures, if they can be drawn."""
-    if plots.missing():
-        _say(f"no pictures: {plots.MISSING}; gated-delta bench plot draws them later")
-        return
     for file in plots.draw(rows, out):
         _say(f"written: {file}")
 
@@ -161,10 +160,7 @@ def plot_command(
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures, if not that of the first file.")] = None,
 ) -> None:
     """Draw the pictures of one or several CSV files again."""
-    rows = [row for file in files for row in records.read(file)]
-    if plots.missing():
-        raise OptionError("bench plot", "matplotlib", "not installed", plots.MISSING)
-    folder = out or files[0].parent
+    rows, folder = [row for file in files for row in records.read(file)], out or files[0].parent
     _make_folder(folder)
     _draw(rows, folder)
 

@@ -4,6 +4,7 @@ import codecs
 import importlib.util
 import platform
 import sys
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +20,11 @@ from rich.table import Table
 
 from gated_delta import __version__
 from gated_delta.bench.cli import app as bench_app
-from gated_delta.bench.cli import existing_file, progress
+from gated_delta.bench.cli import existing_file, shown
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
 from gated_delta.model.generation import Options, Summary, generate
-from gated_delta.model.scoring import score, score_steps
+from gated_delta.model.scoring import score
 from gated_delta.model.weights import load_model, weights_facts
 from gated_delta.testing.selftest import CASES
 
@@ -109,13 +110,11 @@ def score_command(
     """Bits per byte of a text file, with the state kept in fp32 and in bf16."""
     text, place = file.read_bytes(), pick_device(device)
     model = load_model(place)
-    steps = score_steps(text, model.config.max_positions)
     title = escape(f"{printable(file.name)}: {len(text):,} bytes on {place}")
     table = Table("state", "bits per byte", "against fp32", title=title)
     exact: float | None = None
     for name, dtype in STATE_DTYPES.items():
-        with progress(f"state in {name}", steps) as advance:
-            bits = score(model, text, state_dtype=dtype, advance=advance)
+        bits = score(model, text, state_dtype=dtype, track=partial(shown, words=f"state in {name}"))
         exact = bits if exact is None else exact
         table.add_row(name, f"{bits:.4f}", f"{bits - exact:+.6f}")
     console.print(table)
@@ -127,14 +126,12 @@ def check_command(device: DeviceOption = "auto") -> None:
     place = pick_device(device)
     table = Table("operator", "case", "result", "error", "budget", "", title=f"error against float64, on {place}")
     failures = 0
-    with progress("checking", len(CASES)) as advance:
-        for case in CASES:
-            for verdict in case.run(place):
-                failures += not verdict.within
-                mark = "[green]ok[/]" if verdict.within else "[bold red]over[/]"
-                numbers = (f"{verdict.error:.1e}", f"{verdict.budget:.1e}")
-                table.add_row(case.operator, case.name, verdict.name, *numbers, mark)
-            advance()
+    for case in shown(CASES, "checking"):
+        for verdict in case.run(place):
+            failures += not verdict.within
+            mark = "[green]ok[/]" if verdict.within else "[bold red]over[/]"
+            numbers = (f"{verdict.error:.1e}", f"{verdict.budget:.1e}")
+            table.add_row(case.operator, case.name, verdict.name, *numbers, mark)
     console.print(table)
     if failures:
         console.print(f"{failures} results are over their budget", style="bold red")

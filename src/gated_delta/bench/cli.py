@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -114,12 +113,10 @@ def run_command(
     rows = absentees
     jobs = 0 if place == "cpu" else min(MOST_JOBS, os.cpu_count() or 1)
     bench = Bench(place, contenders, chosen, machine.facts(place), limit, jobs, _say)
-    with progress("measuring", len(chosen)) as advance:
-        for found in bench.run():
-            advance()
-            rows = [*found, *absentees]
-            if out is not None:  # a run that is cut off leaves what it has
-                records.write(out / "bench.csv", rows)
+    for found in shown(bench.run(), "measuring", len(chosen)):
+        rows = [*found, *absentees]
+        if out is not None:  # a run that is cut off leaves what it has
+            records.write(out / "bench.csv", rows)
     console.print(report.tables(rows))
     if out is not None:
         _say(f"written: {out / 'bench.csv'}")
@@ -136,13 +133,11 @@ def _make_folder(out: Path) -> None:
         raise OptionError("bench", "--out", f"{out} ({error.strerror})", "a folder, or a name for a new one") from error
 
 
-@contextmanager
-def progress(words: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar, and a function that moves it on, by 1 or more."""
+def shown(steps: Iterable[T], words: str, total: int | None = None) -> Iterator[T]:
+    """Go through steps with a bar; ``total`` is how many, where they have no length."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(words, total=total)
-        yield lambda steps=1: bar.advance(task, steps)
+        yield from bar.track(steps, total, description=words)
 
 
 def _say(line: str) -> None:

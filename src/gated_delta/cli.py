@@ -78,10 +78,8 @@ def generate_command(
     stream = generate(load_model(place), prompt.encode(errors="surrogateescape"), options, summary)
     first = next(stream)  # runs the prompt: bad input ends here, before anything is printed
     console.out(printable(prompt), style="bold", end="", highlight=False)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for new in chain([first], stream):
-        console.out(decoder.decode(new), end="", highlight=False)
-    console.out(decoder.decode(b"", final=True), end="", highlight=False)
+    for text in codecs.iterdecode(chain([first], stream), "utf-8", errors="replace"):
+        console.out(text, end="", highlight=False)
     console.print("\n")
     console.print(_summary_table(summary, place))
 

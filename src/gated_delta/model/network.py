@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from gated_delta.batch import GatedDeltaNetBatch
 from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.model.config import VOCABULARY, HybridConfig
-from gated_delta.model.session import KVCache, Session
+from gated_delta.model.session import Session
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -29,14 +29,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, start: int = 0, cache: KVCache | None = None) -> Tensor:
-        """Tokens ``start`` onwards, hidden ``[B, T, hidden]``, against everything in ``cache``, or themselves alone."""
+    def forward(self, hidden: Tensor, start: int = 0, cache: Tensor | None = None) -> Tensor:
+        """Tokens ``start`` onwards, hidden ``[B, T, hidden]``, against themselves and, with a cache of keys and values
+        ``[2, B, positions, H, D]``, all before them there.
+        """
         positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)
         q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         q, k, seen = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base), None
         if cache is not None:
-            k, v = cache.extend(start, k, v)
-            seen = torch.arange(k.shape[1], device=hidden.device) <= positions[:, None]
+            stop = start + len(positions)
+            cache[:, :, start:stop] = torch.stack((k, v))
+            k, v = cache[:, :, :stop]
+            seen = torch.arange(stop, device=hidden.device) <= positions[:, None]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
         return self.out(mixed.transpose(1, 2).flatten(2))

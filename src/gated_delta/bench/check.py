@@ -23,12 +23,7 @@ Results = dict[str, Tensor]
 def exact(case: Case, x: Inputs) -> Results:
     """A case in float64, before anything writes to its inputs; not a layer, which ``gated-delta check`` judges."""
     if case.operation == "prefill":
-        spans, decay = list(pairwise(x["cu_seqlens"].tolist())), x["log_alpha"].double().exp()
-        found = reference.chunked(  # in milliseconds, where the token loop would take minutes
-            x["q"], x["k"], x["v"], decay, x["beta"], case.heads.k**-0.5, x["initial_state"], spans, chunk=64,
-            out=torch.empty_like(x["v"], dtype=torch.float32), dtype=torch.float64,
-        )  # fmt: skip
-        return {"output": found.output, "state": found.state.float()}
+        return _prefill(case, x)
     if case.operation in ("decode", "verify"):
         return _recurrent(case, x)
     if case.operation == "conv":
@@ -39,6 +34,16 @@ def exact(case: Case, x: Inputs) -> Results:
     if case.operation == "norm":
         return {"output": reference.rms_norm_gated(x["x"], x["z"], x["weight"], 1e-6, dtype=torch.float64)}
     return {}
+
+
+def _prefill(case: Case, x: Inputs) -> Results:
+    """By chunks, which take milliseconds where the token loop would take minutes."""
+    spans, decay = list(pairwise(x["cu_seqlens"].tolist())), x["log_alpha"].double().exp()
+    found = reference.chunked(
+        x["q"], x["k"], x["v"], decay, x["beta"], case.heads.k**-0.5, x["initial_state"], spans, chunk=64,
+        out=torch.empty_like(x["v"], dtype=torch.float32), dtype=torch.float64,
+    )  # fmt: skip
+    return {"output": found.output, "state": found.state.float()}
 
 
 def _recurrent(case: Case, x: Inputs) -> Results:

@@ -4,7 +4,6 @@ import codecs
 import importlib.util
 import platform
 import sys
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -112,7 +111,8 @@ def score_command(
     table = Table("state", "bits per byte", "against fp32", title=title)
     exact: float | None = None
     for name, dtype in STATE_DTYPES.items():
-        bits = score(model, text, state_dtype=dtype, track=partial(shown, words=f"state in {name}"))
+        words = f"state in {name}"
+        bits = score(model, text, state_dtype=dtype, track=lambda steps, words=words: shown(steps, words, len(steps)))
         exact = bits if exact is None else exact
         table.add_row(name, f"{bits:.4f}", f"{bits - exact:+.6f}")
     console.print(table)
@@ -124,7 +124,7 @@ def check_command(device: DeviceOption = "auto") -> None:
     place = pick_device(device)
     table = Table("operator", "case", "result", "error", "budget", "", title=f"error against float64, on {place}")
     failures = 0
-    for case in shown(CASES, "checking"):
+    for case in shown(CASES, "checking", len(CASES)):
         for verdict in case.run(place):
             failures += not verdict.within
             mark = "[green]ok[/]" if verdict.within else "[bold red]over[/]"

@@ -40,7 +40,7 @@ def bits_per_byte(model: HybridLM, text: Tensor, length: int, batch: int) -> flo
     total = 0.0
     for i in range(0, len(inputs), batch):
         with autocast(text.device):
-            logits = model.evaluate(inputs[i : i + batch])
+            logits = model(inputs[i : i + batch])
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets[i : i + batch].flatten(), reduction="sum")
         total += loss.item()
     return total / inputs.numel() / math.log(2)
@@ -92,7 +92,7 @@ def train(args: argparse.Namespace) -> None:
             starts = torch.randint(len(text) - args.length - 1, (args.batch, 1), device=device)
             rows = text[starts + window].long()
             with autocast(device):
-                logits = model.evaluate(rows[:, :-1])
+                logits = model(rows[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

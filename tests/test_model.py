@@ -24,7 +24,7 @@ from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.model.config import HybridConfig
 from gated_delta.model.generation import LONGEST_MATCH, SHORTEST_MATCH, Options, Sampler, Summary, generate, look_up
 from gated_delta.model.network import Block, HybridLM
-from gated_delta.model.scoring import ROWS, score, score_steps
+from gated_delta.model.scoring import ROWS, score
 from gated_delta.model.session import Session
 from gated_delta.model.weights import load_model
 from gated_delta.testing.budget import assert_within_budget, judge
@@ -54,7 +54,7 @@ def walk(model: HybridLM, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(mixer, GatedDeltaNetAttention):
             x = x + mixer.evaluate(hidden, token_by_token=True, dtype=dtype)
         else:
-            x = x + mixer.evaluate(hidden)
+            x = x + mixer(hidden)
         x = x + block.mlp(block.mlp_norm(x))
     return F.linear(model.norm(x), model.embedding.weight)
 
@@ -91,7 +91,7 @@ def test_steps_of_a_session_are_the_whole_sequence(name: str, rows: int) -> None
         outputs.append(logits[:, :kept])
     plain, exact = (walk(model, tokens, dtype) for dtype in (torch.float32, torch.float64))
     assert_within_budget("steps", torch.cat(outputs, 1), plain, exact)
-    assert_within_budget("evaluate", model.evaluate(tokens), plain, exact)
+    assert_within_budget("whole", model(tokens), plain, exact)
 
 
 def test_forgotten_rollback_would_show() -> None:
@@ -334,11 +334,14 @@ def test_score_is_bits_per_byte_of_the_windows(window: int, length: int) -> None
     nats = 0.0
     for first in range(0, length - 1, window):
         own = torch.tensor([list(text[first : first + window + 1])])
-        nats += F.cross_entropy(model.evaluate(own[:, :-1])[0].double(), own[0, 1:], reduction="sum").item()
-    advances: list[int] = []
-    bits = score(model, text, advance=advances.append)
-    assert abs(bits - nats / (length - 1) / math.log(2)) < 1e-3
-    assert sum(advances) == len(advances) == score_steps(text, window)
+        nats += F.cross_entropy(model(own[:, :-1])[0].double(), own[0, 1:], reduction="sum").item()
+    assert abs(score(model, text) - nats / (length - 1) / math.log(2)) < 1e-3
+
+
+def test_steps_of_a_score_can_be_followed() -> None:
+    seen: list[tuple[int, int]] = []
+    score(windowed(8), bytes(8 * ROWS + 4), track=lambda steps: (seen.append(step) or step for step in steps))
+    assert seen == [*((0, t) for t in range(8)), *((ROWS, t) for t in range(3))]
 
 
 def test_score_uses_the_state_dtype() -> None:

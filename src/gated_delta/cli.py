@@ -19,11 +19,11 @@ from rich.table import Table
 
 from gated_delta import __version__
 from gated_delta.bench.cli import app as bench_app
-from gated_delta.bench.cli import progress
+from gated_delta.bench.cli import existing_file, shown
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
 from gated_delta.model.generation import Options, Summary, generate
-from gated_delta.model.scoring import score, score_steps
+from gated_delta.model.scoring import score
 from gated_delta.model.weights import load_model, weights_facts
 from gated_delta.testing.selftest import CASES
 
@@ -77,10 +77,8 @@ def generate_command(
     stream = generate(load_model(place), prompt.encode(errors="surrogateescape"), options, summary)
     first = next(stream)  # runs the prompt: bad input ends here, before anything is printed
     console.out(printable(prompt), style="bold", end="", highlight=False)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for new in chain([first], stream):
-        console.out(decoder.decode(new), end="", highlight=False)
-    console.out(decoder.decode(b"", final=True), end="", highlight=False)
+    for text in codecs.iterdecode(chain([first], stream), "utf-8", errors="replace"):
+        console.out(text, end="", highlight=False)
     console.print("\n")
     console.print(_summary_table(summary, place))
 
@@ -103,23 +101,18 @@ def _summary_table(summary: Summary, device: str) -> Table:
 
 
 @app.command("score")
-def score_command(file: Annotated[Path, typer.Argument(help="Any text file.")], device: DeviceOption = "auto") -> None:
+def score_command(
+    file: Annotated[Path, existing_file("FILE", "Any text file.")], device: DeviceOption = "auto"
+) -> None:
     """Bits per byte of a text file, with the state kept in fp32 and in bf16."""
-    if not file.is_file():
-        raise OptionError("score", "FILE", str(file), "an existing file")
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise OptionError("score", "FILE", f"{file} ({error.strerror})", "a file that can be read") from error
-    place = pick_device(device)
+    text, place = file.read_bytes(), pick_device(device)
     model = load_model(place)
-    steps = score_steps(text, model.config.max_positions)
     title = escape(f"{printable(file.name)}: {len(text):,} bytes on {place}")
     table = Table("state", "bits per byte", "against fp32", title=title)
     exact: float | None = None
     for name, dtype in STATE_DTYPES.items():
-        with progress(f"state in {name}", steps) as advance:
-            bits = score(model, text, state_dtype=dtype, advance=advance)
+        words = f"state in {name}"
+        bits = score(model, text, state_dtype=dtype, track=lambda steps, words=words: shown(steps, words, len(steps)))
         exact = bits if exact is None else exact
         table.add_row(name, f"{bits:.4f}", f"{bits - exact:+.6f}")
     console.print(table)
@@ -131,14 +124,12 @@ def check_command(device: DeviceOption = "auto") -> None:
     place = pick_device(device)
     table = Table("operator", "case", "result", "error", "budget", "", title=f"error against float64, on {place}")
     failures = 0
-    with progress("checking", len(CASES)) as advance:
-        for case in CASES:
-            for verdict in case.run(place):
-                failures += not verdict.within
-                mark = "[green]ok[/]" if verdict.within else "[bold red]over[/]"
-                numbers = (f"{verdict.error:.1e}", f"{verdict.budget:.1e}")
-                table.add_row(case.operator, case.name, verdict.name, *numbers, mark)
-            advance()
+    for case in shown(CASES, "checking", len(CASES)):
+        for verdict in case.run(place):
+            failures += not verdict.within
+            mark = "[green]ok[/]" if verdict.within else "[bold red]over[/]"
+            numbers = (f"{verdict.error:.1e}", f"{verdict.budget:.1e}")
+            table.add_row(case.operator, case.name, verdict.name, *numbers, mark)
     console.print(table)
     if failures:
         console.print(f"{failures} results are over their budget", style="bold red")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -15,7 +14,6 @@ from typer.core import TyperGroup
 
 from gated_delta.bench import cases, machine, peers, plots, records, report
 from gated_delta.bench.run import Bench
-from gated_delta.bench.soak import soak
 from gated_delta.errors import OptionError
 
 T = TypeVar("T")
@@ -68,6 +66,11 @@ def sequences(word: str) -> str:
     return word
 
 
+def existing_file(name: str, words: str = "") -> Any:
+    """An argument: a file that is there and can be read."""
+    return typer.Argument(metavar=name, help=words, exists=True, dir_okay=False, readable=True)
+
+
 @app.command("run")
 def run_command(
     groups: Annotated[
@@ -85,7 +88,6 @@ def run_command(
     ] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of each group.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.csv and the pictures.")] = None,
-    soak_: Annotated[int, typer.Option("--soak", min=0, help="Instead: so many random calls, checked.")] = 0,
     limit: Annotated[float, typer.Option(min=0.1, help="Seconds that a contender may take for one step.")] = 120.0,
     device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
 ) -> None:
@@ -93,10 +95,6 @@ def run_command(
     from gated_delta.cli import pick_device  # noqa: PLC0415 - it mounts this module
 
     place = pick_device(device)
-    if soak_:
-        with progress("measuring", soak_) as advance:
-            fine = soak(soak_, torch.device(place), advance, _say)
-        raise typer.Exit(0 if fine else 1)
     layouts, every = ",".join(map(str, cases.MODELS)), ",".join(cases.SEQUENCES)
     chosen = cases.select(
         parsed(",".join(groups or cases.DEFAULT_GROUPS), "GROUP", among(cases.GROUPS)),
@@ -116,16 +114,17 @@ def run_command(
     rows = absentees
     jobs = 0 if place == "cpu" else min(MOST_JOBS, os.cpu_count() or 1)
     bench = Bench(place, contenders, chosen, machine.facts(place), limit, jobs, _say)
-    with progress("measuring", len(chosen)) as advance:
-        for found in bench.run():
-            advance()
-            rows = [*found, *absentees]
-            if out is not None:  # a run that is cut off leaves what it has
-                records.write(out / "bench.csv", rows)
+    for found in shown(bench.run(), "measuring", len(chosen)):
+        rows = [*found, *absentees]
+        if out is not None:  # a run that is cut off leaves what it has
+            records.write(out / "bench.csv", rows)
     console.print(report.tables(rows))
     if out is not None:
         _say(f"written: {out / 'bench.csv'}")
-        _draw(rows, out)
+        try:
+            _draw(rows, out)
+        except OptionError as error:
+            _say(f"no pictures: {error}; gated-delta bench plot draws them later")
 
 
 def _make_folder(out: Path) -> None:
@@ -144,37 +143,38 @@ def progress(words: str, total: int) -> Iterator[Callable[..., None]]:
         yield lambda steps=1: bar.advance(task, steps)
 
 
+def shown(steps: Iterable[T], words: str, total: int) -> Iterator[T]:
+    """Go through so many steps with a bar."""
+    with progress(words, total) as advance:
+        for step in steps:
+            yield step
+            advance()
+
+
 def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False)
 
 
 def _draw(rows: Sequence[records.Row], out: Path) -> None:
-    """The pictures, if they can be drawn."""
-    if plots.missing():
-        _say(f"no pictures: {plots.MISSING}; gated-delta bench plot draws them later")
-        return
     for file in plots.draw(rows, out):
         _say(f"written: {file}")
 
 
 @app.command("plot")
 def plot_command(
-    files: Annotated[list[Path], typer.Argument(metavar="CSV...", help="What runs have left.")],
+    files: Annotated[list[Path], existing_file("CSV...", "What runs have left.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures, if not that of the first file.")] = None,
 ) -> None:
     """Draw the pictures of one or several CSV files again."""
-    rows = [row for file in files for row in records.read(file)]
-    if plots.missing():
-        raise OptionError("bench plot", "matplotlib", "not installed", plots.MISSING)
-    folder = out or files[0].parent
+    rows, folder = [row for file in files for row in records.read(file)], out or files[0].parent
     _make_folder(folder)
     _draw(rows, folder)
 
 
 @app.command("compare")
 def compare_command(
-    before: Annotated[Path, typer.Argument(metavar="A.csv")],
-    after: Annotated[Path, typer.Argument(metavar="B.csv")],
+    before: Annotated[Path, existing_file("A.csv")],
+    after: Annotated[Path, existing_file("B.csv")],
     threshold: Annotated[float, typer.Option(min=0, help="Per cent of change that is shown.")] = 3.0,
 ) -> None:
     """What got slower, or faster, from one run to another."""

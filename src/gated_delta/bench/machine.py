@@ -4,7 +4,6 @@ import datetime
 import importlib.util
 import platform
 import re
-import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +41,7 @@ def _asked(what: str) -> str:
 
 def _said(*command: str) -> str:
     """What a command prints, "" if it is not there or fails."""
-    if shutil.which(command[0]) is None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return done.stdout.strip() if done.returncode == 0 else ""

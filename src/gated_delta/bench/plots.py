@@ -3,53 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gated_delta.bench.cases import STEPS
 from gated_delta.bench.peers import OURS
-from gated_delta.bench.records import Row, cases_of, with_best_peer
+from gated_delta.bench.records import Row, cases_of, grouped, with_best_peer
+from gated_delta.errors import OptionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MISSING = 'matplotlib is not installed (pip install "gated-delta[bench]")'
 COLOURS = {OURS: "#0072b2", "flashinfer": "#d55e00", "flashqla": "#009e73", "fla": "#cc79a7", "token loop": "#e69f00",
            "transformers": "#56b4e9", "machine": "#000000"}  # fmt: skip
 """Colour-blind people can tell them apart, too."""
 COLUMN = 42
 """Most cases below each other."""
-FLOORED = ("prefill", "decode", "verify", "conv", "norm")
 DPI = 130
 LABELS = {"bytes": "bytes a call", "tb_s": "TB/s", "us": "us a call", "tokens": "tokens", "rows": "batch"}
-
-
-def missing() -> bool:
-    return find_spec("matplotlib") is None
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     """Draw what the rows have data for into the folder ``out``, and return the files. Of a contender that was timed
     twice in a case the last row counts; lines are drawn for the first set of gates.
+
+    Raises:
+        OptionError: matplotlib is not installed.
     """
-    last = {row.key: row for row in rows if row.us and row.over_floor}.values()
-    timed = [row for case in cases_of(last).values() for row in with_best_peer([*case.values()])]
+    if find_spec("matplotlib") is None:
+        raise OptionError("bench plot", "matplotlib", "not installed", 'installed: pip install "gated-delta[bench]"')
+    cases = cases_of(row for row in rows if row.us and row.over_floor)
+    timed = [row for case in cases.values() for row in with_best_peer([*case.values()])]
     gates = next((row.gates for row in timed if row.gates), "")
     first = [row for row in timed if row.gates == gates]
-    single = _main_layout([row for row in first if row.group == "prefill" and row.rows == 1])
-    decode: dict[str, list[Row]] = {}
-    for row in _main_layout([row for row in first if row.group == "decode"]):
-        decode.setdefault(_panel_of(row), []).append(row)
+    single = _main_layout(row for row in first if row.group == "prefill" and row.rows == 1)
+    decode = [*grouped(_main_layout(row for row in first if row.group == "decode"), _panel_of).values()]
     figures = {
-        "decode-roofline": _lines("Decode: bandwidth under its roof", list(decode.values()), "tb_s"),
-        "scaling": _lines("Time against size", [own for own in (single, *list(decode.values())[:1]) if own], "us"),
+        "decode-roofline": _lines("Decode: bandwidth under its roof", decode, "tb_s"),
+        "scaling": _lines("Time against size", [own for own in (single, *decode[:1]) if own], "us"),
     }
-    for group in FLOORED:
-        own = [row for row in timed if row.group == group]
+    for group, own in grouped(timed, lambda row: row.group).items():
         figures[f"{group}-over-floor"] = over_floor(group, own)
         figures[f"{group}-speedup"] = speedups(group, [row for row in own if row.speedup])
     written = {out / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
@@ -58,12 +54,13 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     return list(written)
 
 
-def _figure(title: str, rows: Sequence[Row], width: float, height: float) -> Figure:
+def _panels(title: str, row: Row, inches: tuple[float, float], **grid: Any) -> tuple[Figure, list[Axes]]:
+    """A figure named after the run that ``row`` is of; ``grid``: how matplotlib divides it."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{title}\n{rows[0].device}  {rows[0].date}".strip(), fontsize=11)
-    return figure
+    figure = Figure(figsize=inches, layout="constrained")
+    figure.suptitle(f"{title}\n{row.device}  {row.date}".strip(), fontsize=11)
+    return figure, figure.subplots(squeeze=False, **grid).flatten().tolist()
 
 
 def _panel_of(row: Row) -> str:
@@ -72,10 +69,9 @@ def _panel_of(row: Row) -> str:
     return " ".join(filter(None, (row.form, row.state if row.group in STEPS else "", tokens)))
 
 
-def _main_layout(rows: Sequence[Row]) -> list[Row]:
+def _main_layout(rows: Iterable[Row]) -> list[Row]:
     """The rows of the heads that were measured most, the first of equals."""
-    counts = Counter(row.heads for row in rows)
-    return [row for row in rows if row.heads == max(counts, key=counts.__getitem__)]
+    return max(grouped(rows, lambda row: row.heads).values(), key=len, default=[])
 
 
 def _lines(title: str, panels: Sequence[Sequence[Row]], y: str) -> Figure | None:
@@ -84,8 +80,7 @@ def _lines(title: str, panels: Sequence[Sequence[Row]], y: str) -> Figure | None
         return None
     across = min(2, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = _figure(title, panels[0], 5.3 * across, 3.4 * down + 1)
-    axes: list[Axes] = figure.subplots(down, across, squeeze=False).flatten().tolist()
+    figure, axes = _panels(title, panels[0][0], (5.3 * across, 3.4 * down + 1), nrows=down, ncols=across)
     for each, rows in zip(axes, panels, strict=False):
         x = "bytes" if y == "tb_s" else "tokens" if rows[0].group == "prefill" else "rows"
         for name, colour in COLOURS.items():
@@ -115,25 +110,21 @@ def _plain_ticks(axis: Any) -> None:
 
 def _finish(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend for all panels, below them."""
-    entries: dict[str, Any] = {}
+    entries = {}
     for each in axes:
         each.grid(True, which="major", color="#dddddd", lw=0.6)
         each.set_axisbelow(True)
-        handles, labels = each.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
+        entries |= {line.get_label(): line for line in each.get_legend_handles_labels()[0]}
     figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=4, frameon=False)
 
 
-def over_floor(group: str, rows: Sequence[Row]) -> Figure | None:
+def over_floor(group: str, rows: Sequence[Row]) -> Figure:
     """A line a case: the times of all contenders over its floor."""
-    if not rows:
-        return None
     cases = list(cases_of(rows).items())
     length = math.ceil(len(cases) / math.ceil(len(cases) / COLUMN))
     columns = [cases[i : i + length] for i in range(0, len(cases), length)]
-    height = max(2.2, 0.2 * length + 1.6)
-    figure = _figure(f"{group}: time over the floor", rows, 1.5 + 5.2 * len(columns), height)
-    axes: list[Axes] = figure.subplots(1, len(columns), squeeze=False, sharex=True).flatten().tolist()
+    inches = 1.5 + 5.2 * len(columns), max(2.2, 0.2 * length + 1.6)
+    figure, axes = _panels(f"{group}: time over the floor", rows[0], inches, ncols=len(columns), sharex=True)
     for each, column in zip(axes, columns, strict=True):
         for y, (_, found) in enumerate(column):
             for name, row in found.items():
@@ -159,9 +150,8 @@ def speedups(group: str, ours: Sequence[Row]) -> Figure | None:
         line = " ".join(filter(None, (row.heads, _panel_of(row) or row.model, row.gates if several else "")))
         cells.setdefault(line, {})[row.size.split()[-1]] = row.speedup or math.nan
     sizes = list(dict.fromkeys(size for line in cells.values() for size in line))
-    width, height = 2.6 + 0.78 * len(sizes), max(2.4, 0.34 * len(cells) + 1.5)
-    figure = _figure(f"{group}: times as fast as the best peer", ours, width, height)
-    axes = figure.subplots()
+    inches = 2.6 + 0.78 * len(sizes), max(2.4, 0.34 * len(cells) + 1.5)
+    figure, (axes,) = _panels(f"{group}: times as fast as the best peer", ours[0], inches)
     values = [[line.get(size, math.nan) for size in sizes] for line in cells.values()]
     axes.imshow(values, cmap="RdBu", norm=LogNorm(1 / 3, 3), aspect="auto")
     for y, line in enumerate(values):

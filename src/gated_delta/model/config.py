@@ -1,11 +1,12 @@
 """Shape of the small hybrid language model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gated_delta.config import GatedDeltaNetConfig
 
 VOCABULARY = 256
 """Tokens are bytes."""
+DELTA_NET = GatedDeltaNetConfig(hidden_size=256, num_k_heads=2, num_v_heads=4, head_k_dim=64, head_v_dim=64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,7 @@ class HybridConfig:
     max_positions: int = 1024
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
-    delta_net: GatedDeltaNetConfig = field(
-        default_factory=lambda: GatedDeltaNetConfig(
-            hidden_size=256, num_k_heads=2, num_v_heads=4, head_k_dim=64, head_v_dim=64
-        )
-    )
+    delta_net: GatedDeltaNetConfig = DELTA_NET
 
     def is_attention(self, layer: int) -> bool:
         return (layer + 1) % self.attention_every == 0

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from gated_delta.batch import GatedDeltaNetBatch
 from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.model.config import VOCABULARY, HybridConfig
-from gated_delta.model.session import KVCache, Session
+from gated_delta.model.session import Session
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -29,24 +29,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden ``[B, T, hidden]`` -> q, k, v ``[B, T, H, D]``, q and k rotated."""
-        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base), v
-
-    def forward(self, hidden: Tensor, start: int, cache: KVCache) -> Tensor:
-        """Tokens ``start`` onwards, hidden ``[B, T, hidden]``, against everything in ``cache``."""
+    def forward(self, hidden: Tensor, start: int = 0, cache: Tensor | None = None) -> Tensor:
+        """Tokens ``start`` onwards, hidden ``[B, T, hidden]``, against themselves and, with a cache of keys and values
+        ``[2, B, positions, H, D]``, all before them there.
+        """
         positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)
-        q, k, v = self.project(hidden, positions)
-        k, v = cache.extend(start, k, v)
-        seen = torch.arange(k.shape[1], device=hidden.device) <= positions[:, None]
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k, seen = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base), None
+        if cache is not None:
+            stop = start + len(positions)
+            cache[:, :, start:stop] = torch.stack((k, v))
+            k, v = cache[:, :, :stop]
+            seen = torch.arange(stop, device=hidden.device) <= positions[:, None]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
-
-    def evaluate(self, hidden: Tensor) -> Tensor:
-        """Whole sequences ``[B, T, hidden]`` from position 0, in plain differentiable torch."""
-        q, k, v = (x.transpose(1, 2) for x in self.project(hidden, torch.arange(hidden.shape[1], device=hidden.device)))
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -71,19 +68,16 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.mlp_size)
         self.layer = layer
 
-    def forward(self, x: Tensor, batch: GatedDeltaNetBatch, session: Session) -> Tensor:
-        """One step of x ``[B, T, hidden]``."""
+    def forward(self, x: Tensor, session: Session | None, batch: GatedDeltaNetBatch | None) -> Tensor:
+        """A step of x ``[B, T, hidden]``, or whole sequences of it where there is no session."""
         hidden = self.mixer_norm(x)
-        if isinstance(self.mixer, Attention):
-            x = x + self.mixer(hidden, session.length, session.kv_cache(self.layer))
+        if session is None or batch is None:
+            x = x + (self.mixer(hidden) if isinstance(self.mixer, Attention) else self.mixer.evaluate(hidden))
+        elif isinstance(self.mixer, Attention):
+            x = x + self.mixer(hidden, session.length, session.states[self.layer])
         else:
-            mixed = self.mixer(hidden.flatten(0, 1), batch, session.layer_state(self.layer))
+            mixed = self.mixer(hidden.flatten(0, 1), batch, session.states[self.layer])
             x = x + mixed.unflatten(0, x.shape[:2])
-        return x + self.mlp(self.mlp_norm(x))
-
-    def evaluate(self, x: Tensor) -> Tensor:
-        """Whole sequences ``[B, T, hidden]``, in plain differentiable torch."""
-        x = x + self.mixer.evaluate(self.mixer_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -97,19 +91,13 @@ class HybridLM(nn.Module):
         self.blocks = nn.ModuleList(Block(self.config, i) for i in range(self.config.layers))
         self.norm = nn.RMSNorm(self.config.hidden_size, eps=self.config.norm_eps)
 
-    @torch.no_grad()
-    def forward(self, tokens: Tensor, session: Session) -> Tensor:
-        """One step: tokens ``[B, T]`` -> logits ``[B, T, 256]``. Call ``session.keep`` before the next one."""
-        batch = session.begin(tokens.shape[1])
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, batch, session)
-        return F.linear(self.norm(x), self.embedding.weight)
-
-    def evaluate(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[B, T]`` -> logits ``[B, T, 256]`` over whole sequences, in plain differentiable torch."""
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            x = block.evaluate(x)
-        return F.linear(self.norm(x), self.embedding.weight)
+    def forward(self, tokens: Tensor, session: Session | None = None) -> Tensor:
+        """Tokens ``[B, T]`` -> logits ``[B, T, 256]``: of whole sequences in plain differentiable torch, or of one step
+        in a session, without gradients; call ``session.keep`` before the next one.
+        """
+        with torch.set_grad_enabled(session is None and torch.is_grad_enabled()):
+            batch = None if session is None else session.begin(tokens.shape[1])
+            x = self.embedding(tokens)
+            for block in self.blocks:
+                x = block(x, session, batch)
+            return F.linear(self.norm(x), self.embedding.weight)

@@ -9,21 +9,6 @@ from gated_delta.model.config import HybridConfig
 from gated_delta.state import LayerState, StatePool
 
 
-class KVCache:
-    """Keys and values of one attention layer for sequences that advance in step."""
-
-    def __init__(self, config: HybridConfig, rows: int, device: torch.device) -> None:
-        head = config.hidden_size // config.attention_heads
-        self.keys = torch.zeros(rows, config.max_positions, config.attention_heads, head, device=device)
-        self.values = torch.zeros_like(self.keys)
-
-    def extend(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[B, T, H, D]`` at ``start``; returns all keys and values up to the last of them."""
-        stop = start + k.shape[1]
-        self.keys[:, start:stop], self.values[:, start:stop] = k, v
-        return self.keys[:, :stop], self.values[:, :stop]
-
-
 class Session:
     """State of ``rows`` sequences of equal length.
 
@@ -35,14 +20,9 @@ class Session:
     """
 
     def __init__(
-        self,
-        config: HybridConfig,
-        *,
-        rows: int = 1,
-        drafts: int = 0,
-        state_dtype: torch.dtype = torch.float32,
+        self, config: HybridConfig, *, rows: int = 1, drafts: int = 0, state_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config, self.drafts, self.device = config, drafts, torch.device(device)
         attention = [config.is_attention(i) for i in range(config.layers)]
         self._pool = StatePool(
@@ -50,8 +30,12 @@ class Session:
             state_dtype=state_dtype, device=device,
         )  # fmt: skip
         self._slots = [self._pool.allocate(drafts + 1) for _ in range(rows)]
-        self._kv = [KVCache(config, rows, self.device) for _ in range(attention.count(True))]
-        self._place = [attention[:i].count(kind) for i, kind in enumerate(attention)]
+        kv_shape = (2, rows, config.max_positions, config.attention_heads, config.hidden_size // config.attention_heads)
+        self.states: list[LayerState | Tensor] = [
+            torch.zeros(kv_shape, device=device) if here else self._pool.layer(attention[:i].count(False))
+            for i, here in enumerate(attention)
+        ]
+        """What each layer of the model keeps: GDN state, or a cache of keys and values."""
         self.length = 0
         self._accepted = 1
         self._stepped = 0
@@ -80,14 +64,6 @@ class Session:
         self.length += tokens
         self._stepped = 0
 
-    def layer_state(self, layer: int) -> LayerState:
-        """GDN state of model layer ``layer``."""
-        return self._pool.layer(self._place[layer])
-
-    def kv_cache(self, layer: int) -> KVCache:
-        """KV cache of model layer ``layer``."""
-        return self._kv[self._place[layer]]
-
     @property
     def state_bytes(self) -> int:
         """Bytes of GDN state that one sequence holds, whatever its length: a slot, and one more for each draft."""
@@ -95,7 +71,5 @@ class Session:
 
     def kv_bytes(self) -> tuple[int, int]:
         """Bytes of KV cache of a sequence now: of the attention layers, and what the GDN layers would add as such."""
-        cache = self._kv[0].keys
-        per_layer = 2 * self.length * cache[0, 0].numel() * cache.element_size()
-        attention = len(self._kv)
-        return per_layer * attention, per_layer * (self.config.layers - attention)
+        caches = [state[:, 0, : self.length] for state in self.states if isinstance(state, Tensor)]
+        return caches[0].nbytes * len(caches), caches[0].nbytes * (self.config.layers - len(caches))

@@ -129,15 +129,10 @@ def _sprinkled(inputs: Inputs, name: str, values: Sequence[float]) -> Inputs:
 
 
 def _strided(inputs: Inputs) -> Inputs:
-    """q, k and v as slices of one fused buffer, gates as slices of wider ones."""
-    widths = [inputs[name].flatten(1).shape[1] for name in "qkv"]
-    fused = torch.cat([inputs[name].flatten(1) for name in "qkv"], dim=1)
-    slices = dict(zip("qkv", fused.split(widths, dim=1), strict=True))
-    changed = {name: x.unflatten(1, inputs[name].shape[1:]) for name, x in slices.items()}
-    for name in ("g", "beta"):
-        changed[name] = torch.cat((inputs[name], inputs[name]), dim=1)[:, : inputs[name].shape[1]]
-    changed["cu_seqlens"] = inputs["cu_seqlens"].repeat_interleave(2)[::2]
-    return {**inputs, **changed}
+    """A token's q, k, v and gates as slices of wider buffers, as a fused projection leaves them."""
+    names = ("q", "k", "v", "g", "beta")
+    slices = {name: torch.cat((inputs[name], inputs[name]), dim=1)[:, : inputs[name].shape[1]] for name in names}
+    return {**inputs, **slices, "cu_seqlens": inputs["cu_seqlens"].repeat_interleave(2)[::2]}
 
 
 def _raw_norms(inputs: Inputs) -> Inputs:

@@ -34,8 +34,8 @@ class Peer(NamedTuple):
 
 PEERS = {
     OURS: Peer("ours.bind", "gated_delta", "gated-delta", ("cpu", "cuda")),
-    TOKEN_LOOP: Peer("token_loop.bind", "gated_delta", "gated-delta", ("cpu",)),
-    "flashinfer": Peer("flashinfer.bind", "flashinfer", "flashinfer-python", ("cuda",)),
+    TOKEN_LOOP: Peer("ours.token_loop", "gated_delta", "gated-delta", ("cpu",)),
+    "flashinfer": Peer("ours.flashinfer", "flashinfer", "flashinfer-python", ("cuda",)),
     "flashqla": Peer("fla.flashqla", "flash_qla", "flash-qla", ("cuda",)),
     "fla": Peer("fla.bind", "fla", "fla-core", ("cpu", "cuda")),
     "transformers": Peer("fla.transformers", "transformers", "transformers", ("cpu",)),

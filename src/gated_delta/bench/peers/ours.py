@@ -1,15 +1,23 @@
-"""Our own operators, as ``backend="auto"`` serves them."""
+"""Our own operators, as ``backend="auto"`` serves them; FlashInfer's, whose names and layouts ours share (gates are
+linear, states ``[V, K]``); and the rule token by token in plain torch.
+"""
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import gated_delta as gd
 from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
 from gated_delta.bench.peers import Bound, returning
+from gated_delta.testing import oracle
+
+MOST_LOOPED = 4096
+"""Tokens of a sequence: a loop over more takes minutes."""
 
 
 def bind(case: Case, x: Inputs) -> Bound:
@@ -77,3 +85,36 @@ def _around(case: Case, x: Inputs) -> tuple[Callable[[], Tensor], dict[str, Tens
         state_indices=None, has_initial_state=None,
     )  # fmt: skip
     return call, state
+
+
+def flashinfer(case: Case, x: Inputs) -> Bound | None:
+    """Its operator for several tokens takes fp32 states; bf16 ones go through the decode operator."""
+    if case.heads[2:] != (128, 128):
+        return None
+    if case.operation == "prefill":
+        return prefill(import_module("flashinfer.gdn_prefill").chunk_gated_delta_rule, case, x)
+    bf16 = case.state == "bf16" and case.form not in ("K-major", "slots")
+    if case.operation not in ("decode", "verify") or not (case.state == "fp32" or bf16):
+        return None
+    operators = import_module("flashinfer.gdn_decode")
+    if case.operation == "verify" and bf16:
+        return recurrent(operators.gated_delta_rule_decode_pretranspose, case, x, state=None)
+    return recurrent(operator_of(operators, case), case, x)
+
+
+def token_loop(case: Case, x: Inputs) -> Bound | None:
+    """In fp32 on the CPU."""
+    if case.operation == "prefill" and max(case.lengths) <= MOST_LOOPED:
+        given = {name: x[name] for name in ("q", "k", "v", "beta", "initial_state", "cu_seqlens")}
+        loop = partial(oracle.prefill, g=x["alpha"], **given, dtype=torch.float32)
+        return returning(loop, lambda output, state, _: {"output": output, "state": state})
+    if case.form not in ("V-major", "pool", "final"):
+        return None
+
+    def step() -> oracle.Evaluation:
+        given = {name: x[name] for name in ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")}
+        found = oracle.recurrent(**given, dtype=torch.float32)
+        x["state"].copy_(found.state)
+        return found
+
+    return returning(step, lambda output, state, _: {"output": output, "state": state})

@@ -1,15 +1,25 @@
-"""A long run of random calls: every operator, shape and option mixed, each checked, memory watched."""
+"""A long run of random calls: every operator, shape and option mixed, each checked against float64, memory watched.
 
+    python scripts/soak.py 2000
+
+Ends with status 1 if a call is wrong or memory grows.
+"""
+
+from __future__ import annotations
+
+import argparse
 import random
 import resource
-from collections.abc import Callable
+import sys
 
 import torch
+from rich.progress import track
 
 from gated_delta.bench import check
 from gated_delta.bench.cases import GATES, PLAN, Case, Heads
 from gated_delta.bench.inputs import make_sets
 from gated_delta.bench.peers import ours
+from gated_delta.cli import pick_device
 
 SETTLED = 0.2
 """Part of the calls after which memory should not grow: everything has been compiled and cached."""
@@ -34,22 +44,21 @@ def random_case(choice: random.Random) -> Case:
 
 
 @torch.no_grad()
-def soak(calls: int, device: torch.device, advance: Callable[[], None], tell: Callable[[str], None]) -> bool:
+def soak(calls: int, device: torch.device) -> bool:
     """Make ``calls`` random calls, the same every time, and judge each: whether all were right and memory did not
-    grow. ``tell`` gets what is wrong, and in the end what was found.
+    grow. Prints what is wrong, and in the end what was found.
     """
     choice, settled, faults = random.Random(0), 0.0, 0
-    for number in range(calls):
+    for number in track(range(calls), "measuring"):
         if number == int(SETTLED * calls):
             settled = memory_mib(device)
         case = random_case(choice)
         fault = fault_of(case, device)
         if fault:
             faults += 1
-            tell(f"call {number}, {case.operation} {case.name} {case.gates}: {fault}")
-        advance()
+            print(f"call {number}, {case.operation} {case.name} {case.gates}: {fault}")
     grown, allowed = memory_mib(device) - settled, ALLOWED_MIB[device.type]
-    tell(f"{calls} calls on {device}: {faults} wrong; memory grew by {grown:.1f} MiB (up to {allowed} are no leak)")
+    print(f"{calls} calls on {device}: {faults} wrong; memory grew by {grown:.1f} MiB (up to {allowed} are no leak)")
     return not faults and grown <= allowed
 
 
@@ -70,3 +79,11 @@ def memory_mib(device: torch.device) -> float:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("calls", type=int)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    sys.exit(not soak(args.calls, torch.device(pick_device(args.device))))

@@ -4,14 +4,14 @@
     python scripts/measure_model.py --tiny --device cpu    shows that it works
 
 The text model of Qwen3.5-4B with random weights: config.json of Qwen/Qwen3.5-4B, tied embeddings, no vision tower.
-Prefill and greedy decode in bf16, the median of some runs after one that is not counted; nothing leaves the machine.
+Prefill and greedy decode in bf16, the median of some runs after one that is not counted. Nothing is fetched; the
+`kernels` package must not be installed, for it hides Transformers' own functions.
 """
 
 from __future__ import annotations
 
 import csv
 import importlib
-import importlib.util
 import shlex
 import statistics
 import sys
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,8 +86,11 @@ def stock() -> Iterator[None]:
 
 def paths() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     """Name: what the layers run while it is entered."""
-    installed = {"fla": nullcontext} if importlib.util.find_spec("fla") else {}
-    return {"torch": stock, **installed, "gated-delta": patch}
+    try:
+        importlib.import_module("fla.ops.gated_delta_rule")  # where Transformers looks for it
+    except ImportError:
+        return {"torch": stock, "gated-delta": patch}
+    return {"torch": stock, "fla": nullcontext, "gated-delta": patch}
 
 
 def build(config: dict[str, Any], device: str) -> Any:
@@ -176,7 +179,8 @@ def main(
             rows += measure(model, case, device, repeats, lambda: bar.advance(task))
     shared = {"parameters": parameters, "dtype": "bfloat16", "repeats": repeats, **facts(device)}
     shared |= {"gated_delta": gated_delta.__version__, "transformers": version("transformers")}
-    shared |= {"fla": found("flash-linear-attention"), "command": shlex.join(["python", *sys.argv])}
+    shared |= {"fla": getattr(importlib.import_module("fla"), "__version__", "?") if "fla" in paths() else ""}
+    shared |= {"command": shlex.join(["python", *sys.argv])}
     console.print(table(rows, f"{parameters:,} parameters in bf16 on {shared['device']}"))
     if out:
         with out.open("w", newline="") as file:
@@ -184,14 +188,6 @@ def main(
             writer.writeheader()
             writer.writerows(row | shared for row in rows)
         console.print(f"written: {out}")
-
-
-def found(package: str) -> str:
-    """Its version, nothing if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 if __name__ == "__main__":

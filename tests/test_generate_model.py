@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gated_delta.interop.transformers import FAMILIES, patched
 from gated_delta.model.checkpoint import generate_checkpoint
@@ -21,6 +20,7 @@ from gated_delta.model.generation import Options, Summary
 from test_cli import Run, generated, run  # noqa: F401 (a fixture)
 from test_interop_transformers import COMMON, CONFIGS, Served, transformers
 
+tokenizers = pytest.importorskip("tokenizers", reason="comes with Transformers")
 pytestmark = pytest.mark.filterwarnings("default:::transformers")
 
 VOCABULARY = {chr(0x4E00 + i): i for i in range(COMMON["vocab_size"])}
@@ -33,8 +33,8 @@ NEW = 12
 
 def save_tokenizer(folder: Path, letters: dict[str, int], decoder: Any) -> None:
     special = next(iter(letters))
-    made = Tokenizer(models.WordLevel(letters, unk_token=special))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoder
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token=special))
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Split("", "isolated"), decoder
     made.add_special_tokens([special])
     made.save(str(folder / "tokenizer.json"))
 
@@ -63,7 +63,7 @@ def save(folder: Path, family: str, tower: str = "") -> Path:
         config = transformers.AutoConfig.for_model(kind, **{**COMMON, **own})
         model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
-    save_tokenizer(folder, VOCABULARY, decoders.Fuse())
+    save_tokenizer(folder, VOCABULARY, tokenizers.decoders.Fuse())
     return folder
 
 
@@ -106,6 +106,13 @@ def test_sampling_follows_its_seed(run: Run, qwen: tuple[Path, list[int]]) -> No
     assert first != other
 
 
+def test_weights_keep_their_dtype(run: Run, copied: Path) -> None:  # noqa: F811
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(copied)
+    model.to(torch.bfloat16).save_pretrained(copied)
+    kv = 2 * 2 * 32 * 2 * (len(PROMPT) + NEW - 1)
+    assert f"{kv:,} bytes of KV cache for the attention layers" in run(*command(copied)).words
+
+
 @pytest.mark.parametrize("form", ["number", "list"])
 def test_it_ends_at_a_stop_token(run: Run, copied: Path, qwen: tuple[Path, list[int]], form: str) -> None:  # noqa: F811
     ids = qwen[1]
@@ -119,14 +126,14 @@ def test_it_ends_at_a_stop_token(run: Run, copied: Path, qwen: tuple[Path, list[
 
 def test_letters_of_several_tokens_come_whole(copied: Path, qwen: tuple[Path, list[int]]) -> None:
     """A vocabulary of bytes in which the same tokens spell two letters of two and three bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     spelled = dict(zip(qwen[1], "\u00c3\u00a9\u00e2\u0124\u00ac", strict=False)) | dict(
         zip(range(20, 33), PLAIN, strict=True)
     )
     assert len(spelled) == 5 + 13
     rest = (letter for letter in alphabet if letter not in spelled.values())
     letters = {spelled.get(i) or next(rest): i for i in range(COMMON["vocab_size"])}
-    save_tokenizer(copied, letters, decoders.ByteLevel())
+    save_tokenizer(copied, letters, tokenizers.decoders.ByteLevel())
     chunks = list(generate_checkpoint(copied, PLAIN, Options(tokens=5), Summary(), "cpu"))
     assert chunks == [b"", "\u00e9".encode(), b"", b"", "\u20ac".encode()]
 

@@ -22,6 +22,7 @@ from gated_delta.bench.cli import app as bench_app
 from gated_delta.bench.cli import existing_file, shown
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
+from gated_delta.model.checkpoint import generate_checkpoint
 from gated_delta.model.generation import Options, Summary, generate
 from gated_delta.model.scoring import score
 from gated_delta.model.weights import load_model, weights_facts
@@ -59,7 +60,10 @@ def printable(text: str) -> str:
 @app.command("generate")
 def generate_command(
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 200,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a Hugging Face checkpoint; without it: the bundled model.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate; the bundled model's are bytes.")] = 200,
     speculative: Annotated[
         int, typer.Option(min=0, max=64, help="Most bytes drafted a step, looked up in the text; 0: none.")
     ] = 0,
@@ -68,13 +72,16 @@ def generate_command(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
 ) -> None:
-    """Continue a text with the bundled Gated Delta Net language model."""
+    """Continue a text with the bundled Gated Delta Net language model, or with a checkpoint of yours."""
     if state_dtype not in STATE_DTYPES:
         raise OptionError("generate", "--state-dtype", repr(state_dtype), " or ".join(STATE_DTYPES))
     dtype = STATE_DTYPES[state_dtype]
     options = Options(tokens=tokens, drafts=speculative, temperature=temperature, seed=seed, state_dtype=dtype)
     place, summary = pick_device(device), Summary()
-    stream = generate(load_model(place), prompt.encode(errors="surrogateescape"), options, summary)
+    if model is None:
+        stream = generate(load_model(place), prompt.encode(errors="surrogateescape"), options, summary)
+    else:
+        stream = generate_checkpoint(model, printable(prompt), options, summary, place)
     first = next(stream)  # runs the prompt: bad input ends here, before anything is printed
     console.out(printable(prompt), style="bold", end="", highlight=False)
     for text in codecs.iterdecode(chain([first], stream), "utf-8", errors="replace"):

@@ -34,10 +34,8 @@ def patch() -> ExitStack:
 
     A version of Transformers outside :data:`TESTED` is left as it is, with a warning.
     """
-    version = importlib.metadata.version("transformers")
-    undo = ExitStack()
-    if not TESTED[0] <= tuple(map(int, version.split(".")[:2])) <= TESTED[1]:
-        tested = " to ".join(f"{major}.{minor}" for major, minor in TESTED)
+    version, undo = importlib.metadata.version("transformers"), ExitStack()
+    if tested := outside_tested(version):
         warnings.warn(f"gated_delta leaves Transformers {version} as it is: it was tested with {tested}", stacklevel=2)
     elif not _stock:
         found: list[tuple[Any, str]] = []
@@ -50,6 +48,12 @@ def patch() -> ExitStack:
         logging.getLogger("gated_delta").info("serving %s of Transformers %s", ", ".join(FAMILIES), version)
         undo.callback(unpatch)
     return undo
+
+
+def outside_tested(version: str) -> str:
+    """:data:`TESTED` in words if ``version`` is outside of it, else nothing."""
+    inside = TESTED[0] <= tuple(map(int, version.split(".")[:2])) <= TESTED[1]
+    return "" if inside else " to ".join(f"{major}.{minor}" for major, minor in TESTED)
 
 
 def unpatch() -> None:

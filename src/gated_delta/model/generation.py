@@ -49,6 +49,16 @@ class Summary:
     replaced_kv_bytes: int = 0
     """KV cache that the GDN layers would need at this length if they were attention layers like the others."""
 
+    def add(self, tokens: int, drafted: int, seconds: float) -> None:
+        """Count a step: the first is the prefill."""
+        if self.tokens:
+            self.steps += 1
+            self.drafted += drafted
+            self.decode_seconds += seconds
+        else:
+            self.prefill_seconds = seconds
+        self.tokens += tokens
+
     @property
     def prefill_rate(self) -> float:
         return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
@@ -94,9 +104,13 @@ class Sampler:
             probabilities = self._probabilities(row)
             if torch.rand((), generator=self._generator, device=row.device) >= probabilities[draft]:
                 probabilities[draft] = 0
-                return kept + self._draw(probabilities)
+                return kept + bytes([self._draw(probabilities)])
             kept += bytes([draft])
-        return kept + self._draw(self._probabilities(logits[len(drafts)]))
+        return kept + bytes([self.token(logits[len(drafts)])])
+
+    def token(self, row: Tensor) -> int:
+        """One token from logits ``[vocabulary]``."""
+        return self._draw(self._probabilities(row))
 
     def _probabilities(self, row: Tensor) -> Tensor:
         """Greedy is certain of the largest."""
@@ -104,51 +118,43 @@ class Sampler:
             return torch.zeros_like(row).index_fill_(0, row.argmax(), 1)
         return torch.softmax(row / self.temperature, dim=-1)
 
-    def _draw(self, probabilities: Tensor) -> bytes:
-        return bytes([int(torch.multinomial(probabilities, 1, generator=self._generator))])
+    def _draw(self, probabilities: Tensor) -> int:
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def check_context(prompt: int, unit: str, tokens: int, most: int) -> None:
+    """A prompt of ``prompt`` units and ``tokens`` new tokens must fit the ``most`` positions that a model knows.
+
+    Raises:
+        OptionError: the prompt is empty, or they do not.
+    """
+    if not prompt:
+        raise OptionError("generate", "prompt", "empty", f"at least one {unit} long")
+    if prompt + tokens > most:
+        was = f"{prompt} {unit}s of prompt and {tokens} new tokens"
+        raise OptionError("generate", "the context", was, f"at most {most} long, the positions that the model knows")
 
 
 def generate(model: HybridLM, prompt: bytes, options: Options, summary: Summary) -> Iterator[bytes]:
     """Yield new bytes as they come (the prompt is not repeated); ``summary`` is filled in on the way.
 
     Raises:
-        OptionError: the prompt is empty, or prompt and new tokens together outgrow the model's positions.
+        OptionError: as :func:`check_context`.
     """
-    most = model.config.max_positions
-    if not prompt:
-        raise OptionError("generate", "prompt", "empty", "at least one byte long")
-    if len(prompt) + options.tokens > most:
-        was = f"{len(prompt)} bytes of prompt and {options.tokens} new tokens"
-        raise OptionError("generate", "the context", was, f"at most {most} long, the positions that the model knows")
+    check_context(len(prompt), "byte", options.tokens, model.config.max_positions)
     device = model.embedding.weight.device
     session = Session(model.config, drafts=options.drafts, state_dtype=options.state_dtype, device=device)
     sampler = Sampler(options.temperature, options.seed, device)
     summary.prompt_tokens, summary.state_bytes = len(prompt), session.state_bytes
-
-    started = time.perf_counter()
-    logits = model(_tokens(prompt, device), session)
-    session.keep(len(prompt))
-    summary.kv_bytes, summary.replaced_kv_bytes = session.kv_bytes()
-    summary.prefill_seconds = time.perf_counter() - started
-    text = prompt + sampler(logits[0, -1:], b"")
-    summary.tokens = 1
-    yield text[-1:]
-
-    started = time.perf_counter()
+    text, fed = prompt, prompt
     while summary.tokens < options.tokens:
-        room = options.tokens - summary.tokens - 1
-        drafts = look_up(text, min(options.drafts, room)) if options.drafts and room else b""
-        logits = model(_tokens(text[-1:] + drafts, device), session)
-        new = sampler(logits[0], drafts)
-        session.keep(len(new))
-        text += new
-        summary.tokens += len(new)
-        summary.steps += 1
-        summary.drafted += len(drafts)
-        summary.decode_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        room = min(options.drafts, options.tokens - summary.tokens - 1) if summary.tokens else 0
+        drafts = look_up(text, room) if room else b""
+        logits = model(torch.tensor([list(fed + drafts)], device=device), session)
+        new = sampler(logits[0, -1 - len(drafts) :], drafts)
+        session.keep(len(new) if summary.tokens else len(prompt))
+        text, fed = text + new, new[-1:]
+        summary.add(len(new), len(drafts), time.perf_counter() - started)
         summary.kv_bytes, summary.replaced_kv_bytes = session.kv_bytes()
         yield new
-
-
-def _tokens(text: bytes, device: torch.device) -> Tensor:
-    return torch.tensor([list(text)], device=device)

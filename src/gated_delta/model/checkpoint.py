@@ -1,0 +1,106 @@
+"""Text from a Hugging Face checkpoint: Transformers runs the model, our operators its Gated Delta Net layers."""
+
+import importlib.metadata
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gated_delta.errors import OptionError
+from gated_delta.interop.transformers import FAMILIES, outside_tested, patch
+from gated_delta.model.generation import Options, Sampler, Summary, check_context
+from gated_delta.validation.arguments import Arguments
+
+_ARGUMENTS = Arguments("generate")
+
+
+def generate_checkpoint(folder: Path, prompt: str, options: Options, summary: Summary, device: str) -> Iterator[bytes]:
+    """Yield new text as it comes, up to a stop token of the checkpoint; ``summary`` is filled in on the way.
+
+    Transformers is patched until the end.
+
+    Raises:
+        OptionError: Transformers is not installed, or of a version that is not served; ``folder`` holds no checkpoint
+            of :data:`FAMILIES`, or a damaged one; drafts or a state in another dtype than fp32 are asked for; or as
+            :func:`check_context`.
+    """
+    _ARGUMENTS.excluded("--speculative", options.drafts > 0, "Transformers cannot take a recurrent state back")
+    because = "Transformers keeps the recurrent state in fp32"
+    _ARGUMENTS.excluded("--state-dtype bf16", options.state_dtype != torch.float32, because)
+    model, tokenizer = _load(folder)
+    from tokenizers.decoders import DecodeStream  # noqa: PLC0415 (comes with an extra)
+
+    model, text, cache = model.to(device).eval(), DecodeStream(skip_special_tokens=True), None
+    sampler = Sampler(options.temperature, options.seed, model.device)
+    stop = model.generation_config.eos_token_id
+    stops = stop if isinstance(stop, list) else [stop]
+    fed: list[int] = tokenizer.encode(prompt).ids
+    check_context(len(fed), "token", options.tokens, model.config.max_position_embeddings)
+    summary.prompt_tokens = len(fed)
+    with patch():
+        while summary.tokens < options.tokens and not (summary.tokens and fed[0] in stops):
+            started = time.perf_counter()
+            with torch.inference_mode():
+                step = torch.tensor([fed], device=model.device)
+                done = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                fed, cache = [sampler.token(done.logits[0, -1].float())], done.past_key_values
+            summary.add(1, 0, time.perf_counter() - started)
+            _measure(cache, summary)
+            yield (text.step(tokenizer, fed[0]) or "").encode()
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """The text model, in the dtype of its weights, and its tokenizer."""
+    if importlib.util.find_spec("transformers") is None:
+        raise OptionError("generate", "transformers", "not installed", 'installed: pip install "gated-delta[hf]"')
+    version = importlib.metadata.version("transformers")
+    if tested := outside_tested(version):
+        raise OptionError("generate", "transformers", version, f"{tested}, which it was tested with")
+    _check(folder)
+    import transformers  # noqa: PLC0415 (an extra)
+    from tokenizers import Tokenizer  # noqa: PLC0415 (comes with it)
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # what damaged files raise is as many things as there are files
+        raise _wrong(folder, f"{type(error).__name__}: {error}", "a checkpoint that Transformers loads") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise _wrong(folder, f"without {missing[0]}", "a checkpoint with all weights")
+    return model, tokenizer
+
+
+def _check(folder: Path) -> None:
+    if not folder.is_dir():
+        raise OptionError("generate", "--model", folder, "an existing folder")
+    for name in ("config.json", "*.safetensors", "tokenizer.json"):
+        if not any(folder.glob(name)):
+            raise _wrong(folder, f"without {name}", "a folder with a Hugging Face checkpoint")
+    try:
+        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _wrong(folder, "no model_type in config.json", "a folder with a Hugging Face checkpoint") from error
+    if str(kind).removesuffix("_text") not in FAMILIES:
+        raise _wrong(folder, f"model_type {kind}", f"a checkpoint of {', '.join(FAMILIES)}")
+
+
+def _wrong(folder: Path, why: str, must: str) -> OptionError:
+    return OptionError("generate", "--model", f"{folder} ({why})", must)
+
+
+def _measure(cache: Any, summary: Summary) -> None:
+    delta = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
+    attention = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer not in delta]
+    states = (x for layer in delta for x in (*layer.conv_states.values(), *layer.recurrent_states.values()))
+    summary.state_bytes = sum(x.nbytes for x in states if x is not None)
+    summary.kv_bytes = sum(attention)
+    summary.replaced_kv_bytes = len(delta) * max(attention, default=0)

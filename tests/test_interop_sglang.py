@@ -189,6 +189,16 @@ def test_rows_that_pad_a_graph(engine: Any) -> None:
         assert states[0].isnan().all()
 
 
+def test_rows_in_the_slot_that_is_thrown_away(engine: Any) -> None:
+    """Without a graph, rows that pad a batch share SGLang's slot 0, which is read and written."""
+    run = engine()
+    a, b = run.add(50), run.add(40)
+    nobody = Request(0, a.qkv * torch.nan, a.a, a.b)
+    run.step("extend", (a, 30), (b, 8))
+    run.step("decode", (nobody, 1), (b, 1), (nobody, 1), (a, 1))
+    run.assert_right()
+
+
 def test_verification(engine: Any) -> None:
     run = engine(DRAFTS)
     a, b = run.add(60), run.add(40)

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from gated_delta.interop import fla, transformers, vllm
+from gated_delta.interop import fla, sglang, transformers, vllm, vllm_conv
 
 PAGES = Path(__file__).parents[1] / "docs" / "integrate"
 
 
-def versions(first: object, last: object) -> str:
-    def text(x: object) -> str:
-        return ".".join(map(str, x)) if isinstance(x, tuple) else str(x)
-
-    return f"{text(first)} to {text(last)}"
+def versions(first: str, last: str) -> str:
+    return " to ".join(dict.fromkeys((first, last)))
 
 
 def of(pattern: str, text: str | None) -> str:
@@ -29,9 +26,11 @@ def table() -> str:
     infer = of("Compared with FlashInfer", (PAGES / "flashinfer.md").read_text())
     rows = [
         ("Transformers", "transformers.md", versions(*transformers.TESTED), "left as it is, with a warning"),
-        ("vLLM", "vllm.md", versions(vllm.TESTED[0], vllm.TESTED[-1]), "left as it is, with a warning"),
+        ("vLLM", "vllm.md", versions(*vllm.TESTED), "left as it is, with a warning"),
+        ("SGLang", "sglang.md", versions(*sglang.TESTED), "left as it is, with a warning"),
         ("flash-linear-attention", "fla.md", of("flash-linear-attention", fla.__doc__), "not looked at"),
         ("causal-conv1d", "fla.md", of("causal-conv1d", (PAGES / "fla.md").read_text()), "not looked at"),
+        ("vLLM's convolution", "vllm.md", of("vLLM", vllm_conv.__doc__), "not looked at"),
         ("FlashInfer", "flashinfer.md", infer, "not looked at"),
     ]
     lines = ["| from | versions | any other version |", "|---|---|---|"]

@@ -1,4 +1,4 @@
-"""The gated delta rule by the signatures of flash-linear-attention 0.6.0, for inference.
+"""The gated delta rule and the causal convolution by the signatures of flash-linear-attention 0.6.0, for inference.
 
 ``[B, T, H, D]`` batches, or B = 1 and sequences cut by ``cu_seqlens``. g is the logarithm of the decay, or raw with
 ``use_gate_in_kernel`` (then A_log is needed); beta is itself, or raw with ``use_beta_sigmoid_in_kernel``, which
@@ -13,6 +13,7 @@ from torch import Tensor
 import gated_delta
 from gated_delta import reference
 from gated_delta.errors import OptionError, ShapeError
+from gated_delta.interop import conv
 from gated_delta.interop.conv import equal_lengths, packed
 from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
 
@@ -23,6 +24,7 @@ _REFUSED = {
     "gv": "a decay for every value channel is another rule",
     "cp_context": "a sequence stays on one device here",
     "transpose_state_layout": "its name is state_v_first",
+    "seq_idx": "cu_seqlens cuts packed sequences",
 }
 
 
@@ -117,3 +119,54 @@ def _rule(
     )  # fmt: skip
     assert isinstance(output, Tensor)
     return output.unflatten(0, (batch, tokens)), final if final is None or v_first else final.mT
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool | None = False, activation: str | None = None,
+    backend: str | None = "triton", cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None, cp_context: object = None, *, seq_idx: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """From x ``[B, T, D]`` (or ``[B, T, H, D / H]``) and states ``[N, D, W]`` the same two, the latter or None.
+
+    residual is added behind the activation; backend, cu_seqlens_cpu and chunk_indices change no result.
+    """
+    args = Arguments("fla.causal_conv1d")
+    for name, value in (("cp_context", cp_context), ("seq_idx", seq_idx)):
+        args.excluded(name, value is not None, _REFUSED[name])
+    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    assert weight is not None
+    args.tensor("x", x if x.dim() == 3 else x.flatten(2), "B T D", FLOATS, any_stride=True)
+    rows = packed(x.flatten(2))
+    cu_seqlens = equal_lengths(x.shape[0], x.shape[1], x.device) if cu_seqlens is None else cu_seqlens
+    args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
+    args.optional("initial_state", initial_state, "N D W", FLOATS, any_stride=True)
+    states, (dim, width) = initial_state, weight.shape
+    states = rows.new_zeros(len(cu_seqlens) - 1, dim, width) if states is None else states
+    y = gated_delta.causal_conv1d(
+        rows, weight, bias, conv_states=states[..., 1:].clone(), cu_seqlens=cu_seqlens, state_indices=None,
+        has_initial_state=None, activation=activation,
+    ).view(x.shape)  # fmt: skip
+    y = y if residual is None else y + residual
+    if not output_final_state:
+        return y, None
+    # Of the last W inputs of a sequence, those before its first token are the end of its state.
+    last = cu_seqlens[1:, None] + torch.arange(-width, 0, device=x.device)
+    inside = last - cu_seqlens[:-1, None]
+    ends = len(rows) + width * torch.arange(1, len(cu_seqlens), device=x.device)[:, None]
+    known = torch.cat((rows, states.mT.flatten(0, 1).to(rows.dtype)))
+    return y, known[torch.where(inside >= 0, last, ends + inside)].mT
+
+
+def causal_conv1d_update(
+    x: Tensor, cache: Tensor, residual: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, activation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token a row, ``[N, D]``, ``[1, N, D]`` or ``[N, 1, D]``; cache ``[N, D, W]`` is written, and returned."""
+    args = Arguments("fla.causal_conv1d_update")
+    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    args.tensor("cache", cache, "N D W", FLOATS, any_stride=True)
+    assert weight is not None
+    rows = (x.flatten(2) if x.dim() > 3 else x).flatten(0, -2)
+    y = conv.causal_conv1d_update(rows, cache, weight, bias, activation).view(x.shape)
+    return y if residual is None else y + residual, cache

@@ -7,7 +7,6 @@ Whatever asks for a gradient goes to Transformers' own functions.
 import importlib
 import importlib.metadata
 import logging
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 import gated_delta
-from gated_delta.interop import conv, fla
+from gated_delta.interop import conv, fla, is_tested
 from gated_delta.validation.arguments import Arguments
 
-TESTED = ((5, 16), (5, 23))
+TESTED = ("5.16", "5.23")
 FAMILIES = {"qwen3_next": "Qwen3Next", "qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe", "olmo_hybrid": "OlmoHybrid"}
 """Model type: how its class names begin."""
 
@@ -34,10 +33,9 @@ def patch() -> ExitStack:
 
     A version of Transformers outside :data:`TESTED` is left as it is, with a warning.
     """
-    version, undo = importlib.metadata.version("transformers"), ExitStack()
-    if tested := outside_tested(version):
-        warnings.warn(f"gated_delta leaves Transformers {version} as it is: it was tested with {tested}", stacklevel=2)
-    elif not _stock:
+    version = importlib.metadata.version("transformers")
+    undo = ExitStack()
+    if is_tested("Transformers", version, *TESTED) and not _stock:
         found: list[tuple[Any, str]] = []
         for family, prefix in FAMILIES.items():
             module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
@@ -48,12 +46,6 @@ def patch() -> ExitStack:
         logging.getLogger("gated_delta").info("serving %s of Transformers %s", ", ".join(FAMILIES), version)
         undo.callback(unpatch)
     return undo
-
-
-def outside_tested(version: str) -> str:
-    """:data:`TESTED` in words if ``version`` is outside of it, else nothing."""
-    inside = TESTED[0] <= tuple(map(int, version.split(".")[:2])) <= TESTED[1]
-    return "" if inside else " to ".join(f"{major}.{minor}" for major, minor in TESTED)
 
 
 def unpatch() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gated_delta.batch import GatedDeltaNetBatch
 from gated_delta.config import GatedDeltaNetConfig
+from gated_delta.interop import is_tested
 from gated_delta.layer import GatedDeltaNetAttention, Projected
 from gated_delta.state import LayerState
 from gated_delta.validation.arguments import Arguments
@@ -46,10 +47,9 @@ def register() -> None:
     outside :data:`TESTED` is left as it is, with a warning.
     """
     version = import_module("vllm").__version__
-    if ".".join(version.split(".")[:2]) not in TESTED:
-        tested = " to ".join(TESTED)
-        warnings.warn(f"gated_delta leaves vLLM {version} as it is: it was tested with {tested}", stacklevel=2)
-    elif MODULE in sys.modules:
+    if not is_tested("vLLM", version, *TESTED):
+        return
+    if MODULE in sys.modules:
         _replace(sys.modules[MODULE])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())

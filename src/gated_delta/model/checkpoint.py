@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from gated_delta.errors import OptionError
-from gated_delta.interop.transformers import FAMILIES, outside_tested, patch
+from gated_delta.interop import untested
+from gated_delta.interop.transformers import FAMILIES, TESTED, patch
 from gated_delta.model.generation import Options, Sampler, Summary, check_context
 from gated_delta.validation.arguments import Arguments
 
@@ -58,7 +59,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     if importlib.util.find_spec("transformers") is None:
         raise OptionError("generate", "transformers", "not installed", 'installed: pip install "gated-delta[hf]"')
     version = importlib.metadata.version("transformers")
-    if tested := outside_tested(version):
+    if tested := untested(version, *TESTED):
         raise OptionError("generate", "transformers", version, f"{tested}, which it was tested with")
     _check(folder)
     import transformers  # noqa: PLC0415 (an extra)

@@ -160,6 +160,13 @@ def test_on_hopper(dtype: torch.dtype, make: bool, monkeypatch: pytest.MonkeyPat
     assert_right(inputs, *in_turns(inputs, [0, 70, 230], backend="triton"))
 
 
+@pytest.mark.usefixtures("many_pieces")
+def test_on_any_gpu() -> None:
+    """The portable kernels, in Triton's interpreter where there is no GPU."""
+    inputs = with_state(prefill_inputs([170], gates="weak", head_k=32, head_v=32))
+    assert_right(inputs, *in_turns(inputs, [0, 40, 170], backend="triton"))
+
+
 def _without_state(maps: Tensor, state: Tensor) -> Tensor:
     return maps[..., maps.shape[-1] :, :]
 

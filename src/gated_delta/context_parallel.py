@@ -72,8 +72,8 @@ def context_parallel_gated_delta_rule(
     size = CHUNK * max(-(-length // (CHUNK * pieces)), 1)
     rule = partial(
         chunk_gated_delta_rule, q, k, g=g, beta=beta, scale=scale, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        cu_seqlens=(torch.arange(pieces + 1, device=q.device) * size).clamp_(max=length), g_space=g_space,
-        backend=backend,
+        cu_seqlens=(torch.arange(pieces + 1, dtype=torch.int32, device=q.device) * size).clamp_(max=length),
+        g_space=g_space, backend=backend,
     )  # fmt: skip
     maps = q.new_zeros(pieces, heads, head_k + v.shape[2], head_k, dtype=torch.float32)  # A over B
     rule(v=v, initial_state=None if own.rank else initial_state, output=output, output_state=maps[:, :, head_k:])

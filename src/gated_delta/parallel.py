@@ -39,7 +39,7 @@ class Parallel(NamedTuple):
         Raises:
             OptionError: torch.distributed was not started, or the caller is not in ``group``.
         """
-        group = group or (dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+        group = group or dist.group.WORLD
         rank = dist.get_rank(group) if group else -1
         if rank < 0:
             was = "None, and torch.distributed was not started" if group is None else "one without this process"

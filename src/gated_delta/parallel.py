@@ -34,9 +34,17 @@ class Parallel(NamedTuple):
 
     @staticmethod
     def of(group: dist.ProcessGroup | None = None) -> Parallel:
-        """The caller's place in ``group``, or in all that torch.distributed was started with."""
+        """The caller's place in ``group``, or in all that torch.distributed was started with.
+
+        Raises:
+            OptionError: torch.distributed was not started, or the caller is not in ``group``.
+        """
         group = group or dist.group.WORLD
-        return Parallel(dist.get_rank(group), dist.get_world_size(group), group)
+        rank = dist.get_rank(group) if group else -1
+        if rank < 0:
+            was = "None, and torch.distributed was not started" if group is None else "one without this process"
+            raise OptionError("Parallel.of", "group", was, "a process group that has this process in it")
+        return Parallel(rank, dist.get_world_size(group), group)
 
     def total(self, output: Tensor) -> Tensor:
         """The sum of what all ranks give, in place.
@@ -51,6 +59,12 @@ class Parallel(NamedTuple):
             raise GradientError("GatedDeltaNetAttention", "output", "a tensor that requires grad", must)
         dist.all_reduce(output, group=self.group)
         return output
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """What all ranks give, ``[size, ...]``: contiguous, and of one shape."""
+        every = x.new_empty(self.size, *x.shape)
+        dist.all_gather([*every], x, group=self.group)
+        return every
 
 
 class Home(NamedTuple):

@@ -96,6 +96,7 @@ class CausalConv1d(NamedTuple):
     activate: bool
     """By silu."""
     null_slot: int
+    head_k: int
     output: Written
 
 
@@ -123,6 +124,18 @@ class RmsNormGated(NamedTuple):
     eps: float
     activation: str
     output: Written
+
+
+class Gates(NamedTuple):
+    """Arguments of ``gates``, the logarithms of alpha among them."""
+
+    A_log: Tensor
+    a: Tensor
+    dt_bias: Tensor
+    b: Tensor
+    allow_neg_eigval: bool
+    log_alpha: Written
+    beta: Written
 
 
 class GatedDeltaNetStep(NamedTuple):
@@ -201,4 +214,5 @@ recurrent = _register("recurrent", Recurrent)
 causal_conv1d = _register("causal_conv1d", CausalConv1d)
 causal_conv1d_update = _register("causal_conv1d_update", CausalConv1dUpdate)
 rms_norm_gated = _register("rms_norm_gated", RmsNormGated)
+gates = _register("gates", Gates)
 gated_delta_net_step = _register("gated_delta_net_step", GatedDeltaNetStep)

@@ -143,7 +143,13 @@ def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arg
     if update and call.cu_seqlens is None:
         args.tensor("x", x, "N T D" if isinstance(x, Tensor) and x.dim() == 3 else "N D", FLOATS)
     else:
-        args.tensor("x", x, "L D", FLOATS)
+        head_k = 0 if update else call.head_k
+        args.whole("head_k", head_k, least=0)
+        args.tensor("x", x, "L H C" if head_k else "L D", FLOATS)
+        if head_k and x.shape[2] <= 2 * head_k:
+            raise OptionError(where, "head_k", head_k, f"below half of the {x.shape[2]} channels of a group of x")
+        if head_k:
+            args.bind("D", x.shape[1] * x.shape[2], "x")
         args.tensor("cu_seqlens", call.cu_seqlens, "N+1", INDICES, any_stride=True)
     if update:
         args.needed("conv_states", conv_states is not None, "an update reads and writes it")

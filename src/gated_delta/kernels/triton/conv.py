@@ -26,6 +26,18 @@ _PROGRAMS = 2048
 
 
 @triton.jit
+def _place(channel, group, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+    """Where the input of a channel is. With H, groups of C channels stand ``group`` apart: K of q, K of k, and v."""
+    place = channel.to(tl.int64)
+    if H > 0:
+        value = channel - 2 * H * K
+        of_key = (channel // K % H).to(tl.int64) * group + channel // (H * K) * K + channel % K
+        of_value = (value // (C - 2 * K)).to(tl.int64) * group + 2 * K + value % (C - 2 * K)
+        place = tl.where(channel < 2 * H * K, of_key, of_value)
+    return place
+
+
+@triton.jit
 def _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W: tl.constexpr, BD: tl.constexpr, FLAT: tl.constexpr):
     """Bias and the W taps of a block of channels, in fp32.
 
@@ -83,21 +95,22 @@ def _sort_tokens(
 
 @triton.jit
 def _tokens(
-    x, x_row, weight, w_channel, w_tap, bias, cu, cu_stride, slots, slots_stride, output, null_slot, first, span, N, L,
-    D, search, block, W: tl.constexpr, BD: tl.constexpr, FLAT: tl.constexpr, ACTIVATE: tl.constexpr, SIZE: tl.constexpr,
+    x, x_row, group, weight, w_channel, w_tap, bias, cu, cu_stride, slots, slots_stride, output, null_slot, first, span,
+    N, L, D, search, block, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
+    FLAT: tl.constexpr, ACTIVATE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Outputs of the tokens from ``first`` on that need no history, and the zeros of padding."""
     channel = block * BD + tl.arange(0, BD)
     inside = channel < D
     end = tl.minimum(first + span, L)
-    x_at = x + first.to(tl.int64) * x_row + channel
+    x_at = x + first.to(tl.int64) * x_row + _place(channel, group, H, K, C)
     o_at = output + first.to(tl.int64) * D + channel
     past = ()
     for j in tl.static_range(1 - W, 0):
         past += (tl.load(x_at + j * x_row, mask=inside & (first > 0), other=0.0).to(tl.float32),)
-    group = ()
+    now = ()
     for j in tl.static_range(_GROUP):
-        group += (tl.load(x_at + j * x_row, mask=inside & (first + j < end), other=0.0),)
+        now += (tl.load(x_at + j * x_row, mask=inside & (first + j < end), other=0.0),)
     offset, taps = _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W, BD, FLAT)
     own, silent = _sort_tokens(cu, cu_stride, slots, slots_stride, null_slot, N, search, first, end, W, SIZE)
     if own != 0:
@@ -108,13 +121,13 @@ def _tokens(
                 ahead += (tl.load(x_at + j * x_row, mask=inside & (first + i + _GROUP + j < end), other=0.0),)
             inputs = past
             for j in tl.static_range(_GROUP):
-                inputs += (group[j].to(tl.float32),)
+                inputs += (now[j].to(tl.float32),)
             for j in tl.static_range(_GROUP):
                 y = convolved(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
                 tl.store(o_at + j * D, y, mask=inside & (((own >> (i + j)) & 1) != 0))
             o_at += _GROUP * D
             past = inputs[_GROUP:]
-            group = ahead
+            now = ahead
     if silent != 0:
         nothing = tl.zeros([BD], output.dtype.element_ty)
         for i in range(span):
@@ -124,8 +137,9 @@ def _tokens(
 
 @triton.jit
 def _head(
-    x, x_row, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots, slots_stride,
-    has, has_stride, output, null_slot, row, D, block,
+    x, x_row, group, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots,
+    slots_stride, has, has_stride, output, null_slot, row, D, block,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, FLAT: tl.constexpr, ACTIVATE: tl.constexpr,
 ):  # fmt: skip
     """The first W - 1 outputs of a sequence and its new state: what needs the old state."""
@@ -148,12 +162,13 @@ def _head(
         else:
             for _ in tl.static_range(W - 1):
                 inputs += (tl.zeros([BD], tl.float32),)
-        x_at = x + start * x_row + channel
+        place = _place(channel, group, H, K, C)
+        x_at = x + start * x_row + place
         for j in tl.static_range(W - 1):
             inputs += (tl.load(x_at + j * x_row, mask=inside & (j < count), other=0.0).to(tl.float32),)
         kept = ()
         if states is not None:
-            x_end = x + (start + count) * x_row + channel
+            x_end = x + (start + count) * x_row + place
             for j in tl.static_range(W - 1):  # column j is input count + j, history included
                 new = tl.load(x_end + (j + 1 - W) * x_row, mask=inside & (count + j >= W - 1), other=0.0).to(tl.float32)
                 for k in tl.static_range(j, W - 1):
@@ -171,8 +186,9 @@ def _head(
 
 @triton.jit(do_not_specialize=["null_slot", "N", "L", "search", "span"])
 def _prefill_kernel(
-    x, x_row, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots, slots_stride,
-    has, has_stride, output, null_slot, N, L, D, search, span,
+    x, x_row, group, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots,
+    slots_stride, has, has_stride, output, null_slot, N, L, D, search, span,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, FLAT: tl.constexpr, ACTIVATE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A program a sequence, then one a block of tokens. A sequence's state is in the hands of one program alone, which
@@ -182,13 +198,13 @@ def _prefill_kernel(
     unit, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if unit < N:
         _head(
-            x, x_row, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots,
-            slots_stride, has, has_stride, output, null_slot, unit, D, block, W, BD, FLAT, ACTIVATE,
+            x, x_row, group, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots,
+            slots_stride, has, has_stride, output, null_slot, unit, D, block, H, K, C, W, BD, FLAT, ACTIVATE,
         )  # fmt: skip
     else:
         _tokens(
-            x, x_row, weight, w_channel, w_tap, bias, cu, cu_stride, slots, slots_stride, output, null_slot,
-            (unit - N) * span, span, N, L, D, search, block, W, BD, FLAT, ACTIVATE, SIZE,
+            x, x_row, group, weight, w_channel, w_tap, bias, cu, cu_stride, slots, slots_stride, output, null_slot,
+            (unit - N) * span, span, N, L, D, search, block, H, K, C, W, BD, FLAT, ACTIVATE, SIZE,
         )  # fmt: skip
 
 
@@ -260,8 +276,10 @@ def _constants(weight: Tensor, activate: bool, channels: int) -> dict[str, Any]:
 
 
 def causal_conv1d(call: CausalConv1d) -> None:
-    x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activate, null_slot, output = call
-    rows, (tokens, channels) = len(cu_seqlens) - 1, x.shape
+    x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activate, null_slot, head_k, output = (
+        call
+    )
+    rows, (tokens, channels) = len(cu_seqlens) - 1, output.shape
     if rows == 0:  # nothing but padding; the kernel looks for rows
         output.zero_()
         return
@@ -274,12 +292,13 @@ def causal_conv1d(call: CausalConv1d) -> None:
         _prefill_kernel,
         ((rows + triton.cdiv(tokens, span)) * blocks,),
         (
-            x, x.stride(0), weight, *weight.stride(), bias, conv_states, *strides(conv_states, 0, 1, 2), cu_seqlens,
+            x, *(x.stride()[:2] if head_k else (x.stride(0), 0)), weight, *weight.stride(), bias, conv_states,
+            *strides(conv_states, 0, 1, 2), cu_seqlens,
             cu_seqlens.stride(0), state_indices, *strides(state_indices, 0), has_initial_state,
             *strides(has_initial_state, 0), output, null_slot, rows, tokens, channels,
             triton.next_power_of_2(rows) // 2, span,
         ),
-        {**constants, "SIZE": _MASK},
+        {"H": x.shape[1] if head_k else 0, "K": head_k, "C": x.shape[-1], **constants, "SIZE": _MASK},
         warps=1,
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ def test_every_group_has_cases_and_quick_has_fewer() -> None:
         full, quick = (cases.select([group], quick=quick) for quick in (False, True))
         assert full
         assert {case.group for case in full} == {group}
-        assert len(quick) < len(full) or group in ("conv", "norm", "host", "layer")
+        assert len(quick) < len(full) or group in ("step", "conv", "norm", "host", "layer")
     assert "layer" not in cases.DEFAULT_GROUPS
 
 
@@ -126,6 +126,13 @@ def test_the_work_around_the_rule() -> None:
     assert update == (64 * channels * 8, 64 * channels * 8, 0)
     norm = floors.work(Case("norm", "norm", Heads(16, 32), batch=64))
     assert norm == (2 * 64 * 32 * 128 * 2, 64 * 32 * 128 * 2, 0)
+    step = floors.work(Case("step", "step", Heads(16, 32), batch=8, state="bf16"))
+    kept = 8 * (32 * 128 * 128 * 2 + channels * 6)
+    assert step == (8 * (channels + 32 * 128 + 2 * 32) * 2 + kept, 8 * 32 * 128 * 2 + kept, 0)
+    core = floors.work(Case("layer", "layer", Heads(16, 32), "decode core", batch=8))
+    assert (core.read - step.read, core.written - step.written) == (8 * 32 * 128 * 128 * 2,) * 2
+    inside = floors.work(Case("layer", "layer", Heads(16, 32), "prefill rule", sequences="1x64"))
+    assert inside == floors.work(Case("prefill", "prefill", Heads(16, 32), sequences="1x64"))
     layer = floors.work(Case("layer", "layer", Heads(16, 32), "decode", batch=8))
     weights = 2048 * (channels + 2 * 32 * 128 + 2 * 32)
     assert layer.operations == 2 * 8 * weights
@@ -200,6 +207,17 @@ def test_the_summary_says_where_we_lose() -> None:
         "1.41 times as fast as the best peer (geometric mean of 2); worst 0.50 in bad; "
         "slower than a peer in 1 of 2 cases"
     )
+
+
+def test_what_a_layer_does_around_the_rule() -> None:
+    times = {"prefill": 300.0, "prefill core": 150.0, "prefill rule": 100.0, "decode": 20.0, "decode rule": 10.0}
+    rows = [row(form, us=us, form=form, heads="2/8", size="1x64") for form, us in times.items()]
+    assert report.shares(rows) == [
+        "around the prefill rule 2/8 1x64: 50% of it, 200% of it with the projections",
+        "around the decode rule 2/8 1x64: 100% of it with the projections",
+    ]
+    assert report.shares(rows[:2]) == []
+    assert report.summary(rows).endswith(report.shares(rows)[1])
 
 
 def test_the_table_shows_what_went_wrong() -> None:

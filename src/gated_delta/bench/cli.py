@@ -72,7 +72,9 @@ def sequences(word: str) -> str:
 def run_command(
     groups: Annotated[
         list[str] | None,
-        typer.Argument(help="Of prefill, decode, verify, conv, norm, host, layer; all but layer if none is named."),
+        typer.Argument(
+            help="Of prefill, decode, verify, step, conv, norm, host, layer; all but layer if none is named."
+        ),
     ] = None,
     heads: Annotated[str, typer.Option(help='Head layouts such as "16/32,2/8", or "all".')] = "",
     seqs: Annotated[str, typer.Option(help='Sequences such as "1x8192,2048x4", or "all".')] = "",

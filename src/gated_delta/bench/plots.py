@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 MISSING = 'matplotlib is not installed (pip install "gated-delta[bench]")'
 COLOURS = {OURS: "#0072b2", "flashinfer": "#d55e00", "flashqla": "#009e73", "fla": "#cc79a7", "token loop": "#e69f00",
+           "separate": "#999999",
            "transformers": "#56b4e9", "machine": "#000000"}  # fmt: skip
 """Colour-blind people can tell them apart, too."""
 COLUMN = 42
 """Most cases below each other."""
-FLOORED = ("prefill", "decode", "verify", "conv", "norm")
+FLOORED = ("prefill", "decode", "verify", "step", "conv", "norm")
 DPI = 130
 LABELS = {"bytes": "bytes a call", "tb_s": "TB/s", "us": "us a call", "tokens": "tokens", "rows": "batch"}
 

@@ -98,7 +98,20 @@ def summary(rows: Sequence[Row]) -> str:
             worst, mean = worst_of(found, key=found.__getitem__), geometric_mean(found.values())
             parts.append(f"{mean:.2f} {words} (geometric mean of {len(found)}); worst {found[worst]:.2f} in {worst[1]}")
     lost = sum(speedup < 1 for speedup in peers.values())
+    parts += shares(ours)
     return "; ".join([*parts, *([f"slower than a peer in {lost} of {len(peers)} cases"] if lost else [])])
+
+
+def shares(rows: Sequence[Row]) -> list[str]:
+    """What a layer does around the rule, as a share of the rule, without and with the projections."""
+    times, found = {(row.form, row.heads, row.size): row.us for row in rows if row.us}, []
+    for (form, *where), rule in times.items():
+        told = []
+        for part, words in ((" core", ""), ("", " with the projections")):
+            us = times.get((form.replace(" rule", part), where[0], where[1]))
+            told += [f"{us / rule - 1:.0%} of it{words}"] if us and form.endswith(" rule") else []
+        found += [f"around the {form} {' '.join(where)}: {', '.join(told)}"] if told else []
+    return found
 
 
 def compared(before: Sequence[Row], after: Sequence[Row], threshold: float) -> Group:

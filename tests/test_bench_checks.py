@@ -115,7 +115,7 @@ def test_a_step_by_separate_kernels_is_judged_too() -> None:
     assert ours.separate(Case("norm", "norm", SMALL, batch=7), inputs) is None
 
 
-@pytest.mark.parametrize("part", ["", " core", " rule"])
+@pytest.mark.parametrize("part", ["", " core"])
 @pytest.mark.parametrize("size", [{"batch": 2}, {"sequences": "9+4"}], ids=["decode", "prefill"])
 def test_a_layer_is_not_judged_here(size: dict[str, Any], part: str) -> None:
     case = Case("layer", "layer", SMALL, ("prefill" if "sequences" in size else "decode") + part, **size)

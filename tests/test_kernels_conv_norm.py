@@ -11,9 +11,9 @@ from torch import Tensor
 
 import gated_delta as gd
 from gated_delta import reference
-from gated_delta.gates import gates
 from gated_delta.kernels import cpu
 from gated_delta.library import CausalConv1dUpdate as Update
+from gated_delta.prefill import gates
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from helpers import DEVICE, FLOATS, nans, normal, same_bits, starts, strided

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gated_delta as gd
 from gated_delta import library, reference
-from gated_delta.gates import gates
+from gated_delta.prefill import gates
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, prefill_inputs, recurrent_inputs, with_state
 from helpers import nans, normal, starts

@@ -15,10 +15,9 @@ from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d
 from gated_delta.errors import ShapeError
-from gated_delta.gates import gates
 from gated_delta.norm import rms_norm_gated
 from gated_delta.parallel import Parallel
-from gated_delta.prefill import chunk_gated_delta_rule
+from gated_delta.prefill import chunk_gated_delta_rule, gates
 from gated_delta.state import LayerState
 from gated_delta.step import gated_delta_net_step
 from gated_delta.validation import data
@@ -274,13 +273,16 @@ class GatedDeltaNetAttention(nn.Module):
         x, head_k = p.mixed
         g, beta = gates(self.A_log, heads.a, self.dt_bias, heads.b, allow_neg_eigval=c.allow_neg_eigval)
         x = causal_conv1d(x, self.conv1d.weight[:, 0], conv_states=state.conv, head_k=head_k, **rows)
-        core = chunk_gated_delta_rule(
-            *self.split_heads(x), g, beta, g_space="log", initial_state=state.recurrent, output_state=state.recurrent,
-            use_qk_l2norm_in_kernel=True, **rows,
-        )  # fmt: skip
-        assert isinstance(core, Tensor)
+        core = self._rule(*self.split_heads(x), g, beta, state.recurrent, **rows)
         core, output = (y.view_as(heads.z) for y in (core, output))  # z grouped as it stands: flattened, it is a copy
         rms_norm_gated(core, heads.z, self.norm.weight, c.norm_eps, c.output_gate, output=output)
+
+    def _rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, pool: Tensor, **rows: Any) -> Tensor:
+        """``[L, HV, V]``, before the norm; g is the logarithm of alpha."""
+        given = {"initial_state": pool, "output_state": pool, "use_qk_l2norm_in_kernel": True, **rows}
+        output = chunk_gated_delta_rule(q, k, v, g, beta, g_space="log", **given)
+        assert isinstance(output, Tensor)
+        return output
 
     def evaluate(self, hidden: Tensor, *, token_by_token: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
         """The layer in plain torch over whole sequences ``[B, T, hidden]`` that start from nothing.

@@ -26,9 +26,8 @@ from gated_delta import dispatch, library
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d, causal_conv1d_update
 from gated_delta.errors import WarmupError
-from gated_delta.gates import gates
 from gated_delta.norm import rms_norm_gated
-from gated_delta.prefill import chunk_gated_delta_rule
+from gated_delta.prefill import chunk_gated_delta_rule, gates
 from gated_delta.validation.arguments import FLOATS, Arguments, describe_dtypes
 
 

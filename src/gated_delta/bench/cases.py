@@ -115,7 +115,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        operation = self.operation if self.group == "host" else ""
+        operation = self.operation if self.group in ("host", "layer") and self.operation != "layer" else ""
         state = self.state if self.operation in STEPS else ""
         return " ".join(filter(None, (operation, str(self.heads), self.form, state, self.size)))
 
@@ -149,14 +149,18 @@ PLAN = (
     Line("host", "prefill", ("",), "2/8||2/4", "1x64"),
     Line("host", "conv", ("update W",), "2/8||2/4", "8"),
     Line("host", "norm", ("",), "2/8||2/4", "8"),
-    Line("layer", "layer", ("prefill", "prefill core", "prefill rule"), "16/64||2/4", "1x32768||1x256"),
-    Line("layer", "layer", ("prefill", "prefill core", "prefill rule"), _ONE, "1x2048 1x8192||1x256"),
-    Line("layer", "layer", ("decode", "decode core", "decode rule"), _ONE, "1 8 64 256||1 4"),
+    *(
+        Line("layer", operation, forms, heads, sizes)
+        for operation, forms in (("layer", ("prefill", "prefill core")), ("prefill", ("",)))
+        for heads, sizes in (("16/64||2/4", "1x32768||1x256"), (_ONE, "1x2048 1x8192||1x256"))
+    ),
+    Line("layer", "layer", ("decode", "decode core"), _ONE, "1 8 64 256||1 4"),
+    Line("layer", "decode", ("V-major",), _ONE, "1 8 64 256||1 4"),
 )
 """Forms of decode: one fp32 state a row ``[V, K]``, 16-bit ones in a pool, one state a row ``[K, V]``. verify: what is
 kept beside the outputs (nothing, the final state, the state after every token in a buffer, the same in pool slots).
 conv: packed sequences, or one token a row with the state's window (W) or channels (D) contiguous. layer: whole, without
-its projections (core), the rule alone."""
+its projections (core), and the rule alone."""
 GROUPS = tuple(dict.fromkeys(line.group for line in PLAN))
 DEFAULT_GROUPS = GROUPS[:-1]
 _ONLY = {"V-major": ("fp32",), "pool": ("bf16", "fp16")}

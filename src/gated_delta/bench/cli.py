@@ -1,5 +1,6 @@
 """``gated-delta bench``: run, plot, compare."""
 
+import csv
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +12,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
 from typer.core import TyperGroup
 
-from gated_delta.bench import cases, machine, peers, plots, records, report
+from gated_delta.bench import cases, machine, peers, plots, records, report, serving
 from gated_delta.bench.run import Bench
 from gated_delta.bench.soak import soak
 from gated_delta.errors import OptionError
@@ -157,6 +159,58 @@ def _draw(rows: Sequence[records.Row], out: Path) -> None:
         return
     for file in plots.draw(rows, out):
         _say(f"written: {file}")
+
+
+@app.command("serve-sim")
+def serve_command(
+    model: Annotated[str, typer.Argument(help=f"Of {', '.join(serving.MODELS)}.")] = "qwen3-next-80b-a3b",
+    trace: Annotated[Path | None, typer.Option(help="CSV or JSON of arrival (s), prompt, output; else random:")] = None,
+    requests: Annotated[int, typer.Option(min=1)] = 64,
+    rate: Annotated[float, typer.Option(min=1e-6, help="Arrivals a second.")] = 16.0,
+    prompt: Annotated[int, typer.Option(min=1, help="Median of the prompts' lengths.")] = 1024,
+    output: Annotated[int, typer.Option(min=1, help="Median of the outputs' lengths.")] = 128,
+    budget: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 64,
+    drafts: Annotated[int, typer.Option(min=0, help="Drafted tokens that a decode verifies.")] = 0,
+    acceptance: Annotated[float, typer.Option(min=0, max=1, help="How likely a draft is right.")] = 0.7,
+    tick: Annotated[float, typer.Option(min=1e-6, help="Seconds of the trace that a step counts as.")] = 0.02,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers, if not as many as the model has.")] = None,
+    state: Annotated[str, typer.Option(help="States: fp32, bf16 or fp16.")] = "fp32",
+    seed: Annotated[int, typer.Option()] = 0,
+    peers_: Annotated[str, typer.Option("--peers", help="Whose rule to swap in: as for run.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for serve-sim.csv.")] = None,
+    device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
+) -> None:
+    """Serve a trace of requests by a stack of layers, with our kernels and with peers' swapped in."""
+    from gated_delta.cli import pick_device  # noqa: PLC0415 - it mounts this module
+
+    place = pick_device(device)
+    parsed(model, "MODEL", among(serving.MODELS))
+    parsed(state, "--state", among(cases.STATES))
+    asked = serving.random_trace(requests, rate, prompt, output, seed) if trace is None else serving.read_trace(trace)
+    settings = serving.Settings(budget, batch, drafts, acceptance, tick, state, seed)
+    contenders, absent = peers.choose(parsed(peers_, "--peers", str), place)
+    if out is not None:
+        _make_folder(out)
+    lines = []
+    for name in (peers.OURS, *(name for name in contenders if name in peers.OTHERS)):
+        with progress(name, len(asked)) as advance:
+            lines.append(serving.serve(name, model, layers, asked, settings, place, advance))
+    facts = machine.facts(place)
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    table = Table("", *(str(line["rule by"]) for line in lines), title=f"serve-sim on {facts['device']}")
+    for column in columns[1:]:
+        values = (line.get(column, "") for line in lines)
+        table.add_row(column, *(f"{x:,.4g}" if isinstance(x, float) else str(x) for x in values))
+    console.print(table)
+    if absent:
+        _say("absent: " + "; ".join(f"{name} ({why})" for name, why in absent.items()))
+    if out is not None:
+        with (out / "serve-sim.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*columns, *facts])
+            writer.writeheader()
+            writer.writerows(line | facts for line in lines)
+        _say(f"written: {out / 'serve-sim.csv'}")
 
 
 @app.command("plot")

@@ -1,7 +1,6 @@
 """What the hardware allows: ceilings measured in the same run, and the bytes and operations that a case needs."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -73,8 +72,6 @@ def work(case: Case) -> Work:
     Inputs and states are read once, results written once; a chunk of a prefill needs the products of the dense
     algorithm for 64 tokens (docs/bench.md has the count).
     """
-    if case.form.endswith(" rule"):  # of a layer
-        case = replace(case, operation=case.form.split()[0], form="", state="fp32")
     (h, hv, k, v), tokens, rows = case.heads, sum(case.lengths), len(case.lengths)
     activations, output = tokens * (2 * h * k + hv * v) * 2, tokens * hv * v * 2
     states, windows = rows * hv * k * v * 4, rows * case.heads.conv_dim * 3 * 2

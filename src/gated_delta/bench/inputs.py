@@ -115,7 +115,7 @@ def _layer(case: Case) -> Inputs:
     x = normal(sum(case.lengths), config.hidden_size)
     batch = GatedDeltaNetBatch.build([Row(n, slot) for slot, n in enumerate(case.lengths)], device=x.device)
     found = {"layer": layer, "batch": batch, "layer_state": state, "hidden": x, "recurrent": state.recurrent}
-    if case.form.endswith((" core", " rule")):
+    if case.form.endswith(" core"):
         found |= {"projected": layer.project(x), "output": x.new_empty(len(x), config.num_v_heads, config.head_v_dim)}
     return found
 

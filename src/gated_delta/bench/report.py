@@ -103,14 +103,12 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def shares(rows: Sequence[Row]) -> list[str]:
-    """What a layer does around the rule, as a share of the rule, without and with the projections."""
+    """What a layer does around the rule, as a share of the rule, with its projections and without."""
     times, found = {(row.form, row.heads, row.size): row.us for row in rows if row.us}, []
-    for (form, *where), rule in times.items():
-        told = []
-        for part, words in ((" core", ""), ("", " with the projections")):
-            us = times.get((form.replace(" rule", part), where[0], where[1]))
-            told += [f"{us / rule - 1:.0%} of it{words}"] if us and form.endswith(" rule") else []
-        found += [f"around the {form} {' '.join(where)}: {', '.join(told)}"] if told else []
+    for (form, *where), us in times.items():
+        for words, rule in (("prefill", ""), ("decode", "V-major")):
+            if form.startswith(words) and (alone := times.get((rule, where[0], where[1]))):
+                found.append(f"{' '.join((where[0], form, where[1]))}: {us / alone - 1:.0%} of the rule around it")
     return found
 
 

@@ -10,7 +10,6 @@ import gated_delta as gd
 from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
 from gated_delta.bench.peers import Bound, returning
-from gated_delta.gates import gates
 
 
 def bind(case: Case, x: Inputs) -> Bound:
@@ -20,8 +19,9 @@ def bind(case: Case, x: Inputs) -> Bound:
         return recurrent(operator_of(gd, case), case, x)
     if case.operation == "step":
         return _step(x, "auto")
-    if case.form.endswith((" core", " rule")):
-        return Bound(_inside(case, x), lambda: {"output": x["output"]})
+    if case.form.endswith(" core"):
+        call = partial(x["layer"]._plain_rows, x["projected"], x["batch"], x["layer_state"], x["output"])
+        return Bound(call, lambda: {"output": x["output"]})
     call, state = _around(case, x)
     return returning(lambda: (call(),), lambda y: {"output": y, **state})
 
@@ -36,27 +36,6 @@ def _step(x: Inputs, backend: str) -> Bound:
     given = {name: x[name] for name in names} | {"state_indices": x["slots"]}
     call = partial(gd.gated_delta_net_step, **given, eps=1e-6, backend=backend)
     return Bound(call, lambda: {"output": x["output"], "state": x["state"], "window": x["conv_states"]})
-
-
-def _inside(case: Case, x: Inputs) -> Callable[[], object]:
-    """A layer without its projections, or the rule alone on the same inputs, which need not be convolved for that."""
-    layer, batch, p, state, output = x["layer"], x["batch"], x["projected"], x["layer_state"], x["output"]
-    if case.form.endswith(" core"):
-        return partial(layer._plain_rows, p, batch, state, output)
-    q, k, v = layer.split_heads(p.qkv)
-    a, b, slots = p.heads.a, p.heads.b, batch.non_spec_state_indices
-    if case.form == "prefill rule":
-        g, beta = gates(layer.A_log, a, layer.dt_bias, b)
-        return partial(
-            gd.chunk_gated_delta_rule, q, k, v, g, beta, g_space="log", use_qk_l2norm_in_kernel=True, output=output,
-            cu_seqlens=batch.non_spec_query_start_loc, initial_state=state.recurrent, output_state=state.recurrent,
-            state_indices=slots,
-        )  # fmt: skip
-    q, k, v, a, b = (y[:, None] for y in (q, k, v, a.flatten(1), b.flatten(1)))
-    return partial(
-        gd.gated_delta_rule_decode_pretranspose, q, k, v, None, layer.A_log, a, layer.dt_bias, b, None, output[:, None],
-        initial_state=state.recurrent, initial_state_indices=slots,
-    )  # fmt: skip
 
 
 def prefill(operator: Callable[..., Any], case: Case, x: Inputs) -> Bound:

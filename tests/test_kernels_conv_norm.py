@@ -410,6 +410,16 @@ def test_norm(dtype: torch.dtype, activation: str, shape: tuple[int, ...]) -> No
     norm(x, z, activation)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_norm_of_padding_is_zero_whatever_the_gate(backend: str) -> None:
+    device = DEVICE if backend == "triton" else "cpu"
+    x, z = normal(5, 64).to(device), normal(5, 64, seed=1).to(device)
+    x[3], z[3], x[1, :7], x[2, 9] = 0.0, torch.nan, 0.0, torch.nan
+    y = gd.rms_norm_gated(x, z, torch.ones(64, device=device), 1e-6, backend=backend)
+    assert not y[3].any() and not y[1, :7].any()
+    assert y[2].isnan().all()  # of a row that is no padding nothing is hidden
+
+
 @pytest.mark.parametrize(
     ("orders", "taken"),
     [

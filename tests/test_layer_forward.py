@@ -232,6 +232,16 @@ def test_what_a_prefill_leaves_behind(pieces: tuple[int, ...]) -> None:
     assert_within_budget("window", engine.state.conv[a.slots[0]].T, *inputs)
 
 
+def test_prefills_that_are_padding_come_out_zero() -> None:
+    """Beside speculative rows, where every other row is a prefill; whatever their tokens hold."""
+    engine = Engine(make_layer(), num_spec=2)
+    (sequence,) = prefill(engine, 6)
+    hidden = torch.cat((sequence.hidden[6:8], torch.full((4, SMALL.hidden_size), torch.nan)))
+    rows = [SpecRow(2, sequence.slots, 1), Row(1, -1), Row(3, -1)]
+    output = engine.layer(hidden, GatedDeltaNetBatch.build(rows, num_spec=2), engine.state)
+    assert output[:2].all() and not output[2:].any()
+
+
 class Launches(TorchDispatchMode):
     """Operators that are called, but those that only look at tensors or make room for them."""
 

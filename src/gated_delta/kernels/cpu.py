@@ -140,7 +140,8 @@ def _convolve(call: CausalConv1dUpdate, cu_seqlens: Tensor, has_state: Tensor | 
 
 
 def rms_norm_gated(call: RmsNormGated) -> None:
-    call.output.copy_(reference.rms_norm_gated(call.x, call.z, call.weight, call.eps, call.activation))
+    normed = reference.rms_norm_gated(call.x, call.z, call.weight, call.eps, call.activation)
+    call.output.copy_(torch.where(call.x == 0, 0.0, normed))
 
 
 def gates(call: library.Gates) -> None:

@@ -164,17 +164,16 @@ def _draw(rows: Sequence[records.Row], out: Path) -> None:
 @app.command("serve-sim")
 def serve_command(
     model: Annotated[str, typer.Argument(help=f"Of {', '.join(serving.MODELS)}.")] = "qwen3-next-80b-a3b",
-    trace: Annotated[Path | None, typer.Option(help="CSV or JSON of arrival (s), prompt, output; else random:")] = None,
+    trace: Annotated[Path | None, typer.Option(help="CSV of arrival (in steps), prompt, output; else random:")] = None,
     requests: Annotated[int, typer.Option(min=1)] = 64,
-    rate: Annotated[float, typer.Option(min=1e-6, help="Arrivals a second.")] = 16.0,
+    rate: Annotated[float, typer.Option(min=1e-6, help="Arrivals a step.")] = 0.25,
     prompt: Annotated[int, typer.Option(min=1, help="Median of the prompts' lengths.")] = 1024,
     output: Annotated[int, typer.Option(min=1, help="Median of the outputs' lengths.")] = 128,
     budget: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
-    batch: Annotated[int, typer.Option(help="Sequences that run together.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 64,
     drafts: Annotated[int, typer.Option(min=0, help="Drafted tokens that a decode verifies.")] = 0,
     acceptance: Annotated[float, typer.Option(min=0, max=1, help="How likely a draft is right.")] = 0.7,
-    tick: Annotated[float, typer.Option(min=1e-6, help="Seconds of the trace that a step counts as.")] = 0.02,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers, if not as many as the model has.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="If not as many as the model has.")] = None,
     state: Annotated[str, typer.Option(help="States: fp32, bf16 or fp16.")] = "fp32",
     seed: Annotated[int, typer.Option()] = 0,
     peers_: Annotated[str, typer.Option("--peers", help="Whose rule to swap in: as for run.")] = "auto",
@@ -188,29 +187,40 @@ def serve_command(
     parsed(model, "MODEL", among(serving.MODELS))
     parsed(state, "--state", among(cases.STATES))
     asked = serving.random_trace(requests, rate, prompt, output, seed) if trace is None else serving.read_trace(trace)
-    settings = serving.Settings(budget, batch, drafts, acceptance, tick, state, seed)
-    contenders, absent = peers.choose(parsed(peers_, "--peers", str), place)
+    settings = serving.Settings(budget, batch, drafts, acceptance, state, seed)
+    contenders, _ = peers.choose(parsed(peers_, "--peers", str), place)
+    rows, facts = list[dict[str, str]](), machine.facts(place)
+    for name in contenders:
+        if name not in (peers.TOKEN_LOOP, peers.SEPARATE):
+            swap = None if name == peers.OURS else serving.Swap(name)
+            with progress(name, len(asked)) as advance:
+                stack = serving.stack(model, layers, place, swap)
+                simulation = serving.Simulation(
+                    stack, asked, settings, lambda moves, _: advance(sum(m.running.left == m.kept for m in moves))
+                )
+                try:
+                    found = simulation.run()
+                except Exception as error:  # of a peer it costs its column
+                    if swap is None:
+                        raise
+                    found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            calls = ", ".join(f"{count} {what}" for what, count in swap.served.items()) if swap else ""
+            told = {"rule by": name, "calls": calls, "version": peers.version_of(name), "model": model}
+            told |= {"layers": len(stack), "requests": len(asked)}
+            rows.append(
+                {key: f"{x:.6g}" if isinstance(x, float) else str(x) for key, x in (told | found | facts).items()}
+            )
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table("", *(row["rule by"] for row in rows), title="serve-sim")
+    for key in columns[1:]:
+        table.add_row(key, *(row.get(key, "") for row in rows))
+    console.print(table)
     if out is not None:
         _make_folder(out)
-    lines = []
-    for name in (peers.OURS, *(name for name in contenders if name in peers.OTHERS)):
-        with progress(name, len(asked)) as advance:
-            lines.append(serving.serve(name, model, layers, asked, settings, place, advance))
-    facts = machine.facts(place)
-    columns = list(dict.fromkeys(column for line in lines for column in line))
-    table = Table("", *(str(line["rule by"]) for line in lines), title=f"serve-sim on {facts['device']}")
-    for column in columns[1:]:
-        values = (line.get(column, "") for line in lines)
-        table.add_row(column, *(f"{x:,.4g}" if isinstance(x, float) else str(x) for x in values))
-    console.print(table)
-    if absent:
-        _say("absent: " + "; ".join(f"{name} ({why})" for name, why in absent.items()))
-    if out is not None:
         with (out / "serve-sim.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*columns, *facts])
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(line | facts for line in lines)
-        _say(f"written: {out / 'serve-sim.csv'}")
+            writer.writerows(rows)
 
 
 @app.command("plot")

@@ -227,26 +227,13 @@ STEP: dict[str, Callable[[], None]] = {
     "step, all fp32": lambda: step(64, dtype=FP32),
 }
 GROUPS = {
-    "step": STEP,
-    "decode": DECODE,
-    "verify": VERIFY,
-    "tokens": TOKENS,
-    "prefill": PREFILL,
-    "hopper": HOPPER,
+    "step": STEP, "decode": DECODE, "verify": VERIFY, "tokens": TOKENS, "prefill": PREFILL, "hopper": HOPPER,
     "layer": LAYER,
-}
+}  # fmt: skip
 ONE_OF_EACH = {
-    "V-major bf16",
-    "K-major fp32",
-    "4 tokens",
-    "many states",
-    "fp32",
-    "conv",
-    "conv update",
-    "norm",
-    "gates",
+    "V-major bf16", "K-major fp32", "4 tokens", "many states", "fp32", "conv", "conv update", "norm", "gates",
     "step, fp32",
-}
+}  # fmt: skip
 """Every kernel, for the generations that need only compile."""
 
 

@@ -192,24 +192,9 @@ def serve_command(
     rows, facts = list[dict[str, str]](), machine.facts(place)
     for name in contenders:
         if name not in (peers.TOKEN_LOOP, peers.SEPARATE):
-            swap = None if name == peers.OURS else serving.Swap(name)
-            with progress(name, len(asked)) as advance:
-                stack = serving.stack(model, layers, place, swap)
-                simulation = serving.Simulation(
-                    stack, asked, settings, lambda moves, _: advance(sum(m.running.left == m.kept for m in moves))
-                )
-                try:
-                    found = simulation.run()
-                except Exception as error:  # of a peer it costs its column
-                    if swap is None:
-                        raise
-                    found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-            calls = ", ".join(f"{count} {what}" for what, count in swap.served.items()) if swap else ""
-            told = {"rule by": name, "calls": calls, "version": peers.version_of(name), "model": model}
-            told |= {"layers": len(stack), "requests": len(asked)}
-            rows.append(
-                {key: f"{x:.6g}" if isinstance(x, float) else str(x) for key, x in (told | found | facts).items()}
-            )
+            with progress(name, 2 * len(asked)) as advance:
+                found = serving.serve(name, model, layers, asked, settings, place, advance) | facts
+            rows.append({key: f"{x:.6g}" if isinstance(x, float) else str(x) for key, x in found.items()})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table("", *(row["rule by"] for row in rows), title="serve-sim")
     for key in columns[1:]:

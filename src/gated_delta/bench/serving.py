@@ -236,8 +236,6 @@ class Simulation:
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """Serve all requests. Tokens are those of timed steps, without rejected drafts; parts are us of a step."""
-        if self.embeddings.is_cuda:
-            self.layers[0].warmup(self.pool.layer(0), max_batch=self.settings.batch)
         while self.waiting or self.running:
             self.now = self.now if self.running else max(self.now, self.waiting[0][1].arrival)
             moves = self._moves()
@@ -300,6 +298,30 @@ class Simulation:
         if hidden.is_cuda:
             torch.cuda.synchronize()
         return hidden
+
+
+def serve(
+    name: str, model: str, layers: int | None, trace: Sequence[Request], settings: Settings, device: str,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:  # fmt: skip
+    """A trace with the rule by ``name``, twice: the first time compiles and tunes what the second one times."""
+    swap, found = None if name == peers.OURS else Swap(name), dict[str, Any]()
+    own = stack(model, layers, device, swap)
+    try:
+        for served in (Counter[str](), Counter[str]()):
+            if swap is not None:
+                swap.served = served
+            simulation = Simulation(
+                own, trace, settings, lambda moves, _: advance(sum(move.running.left == move.kept for move in moves))
+            )
+            found = simulation.run()
+    except Exception as error:  # of a peer it costs its figures
+        if swap is None:
+            raise
+        found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    calls = ", ".join(f"{count} {what}" for what, count in swap.served.items()) if swap else ""
+    told = {"rule by": name, "calls": calls, "version": peers.version_of(name), "model": model, "layers": len(own)}
+    return {**told, "requests": len(trace), **found}
 
 
 def parts(profiler: profile) -> Counter[str]:

@@ -38,7 +38,7 @@ newest_assembler: Any = import_module("gated_delta.kernels.triton.launch").newes
 OPERATORS: Any = import_module("gated_delta.kernels.triton")
 HOSTS: dict[str, Any] = {
     name: import_module(f"gated_delta.kernels.triton.{name}")
-    for name in ("recurrent", "prefill", "conv", "norm", "step")
+    for name in ("recurrent", "prefill", "conv", "gates", "norm", "step")
 }
 HOSTS["hopper"] = import_module("gated_delta.kernels.gluon.prefill")
 
@@ -104,10 +104,18 @@ def hopper(
     HOSTS["hopper"].prefill(given)
 
 
-def conv() -> None:
+def conv(head_k: int = 0) -> None:
+    """Channels flat, or in groups of 16 key heads as interleaved projections have them."""
     x, weight, states = empty(4096, 8192), empty(8192, 4), empty(65, 3, 8192).transpose(1, 2)
     y, starts, slots = torch.empty_like(x), empty(65, dtype=INT), empty(64, dtype=INT)
-    OPERATORS.causal_conv1d(library.CausalConv1d(x, weight, None, states, starts, slots, slots.bool(), True, -1, y))
+    x = empty(4096, 16, 768)[..., :512] if head_k else x
+    rows = starts, slots, slots.bool()
+    OPERATORS.causal_conv1d(library.CausalConv1d(x, weight, None, states, *rows, True, -1, head_k, y))
+
+
+def gates() -> None:
+    ba, gate, made = empty(4096, 16, 4), empty(32, dtype=FP32), empty(4096, 32, dtype=FP32)
+    OPERATORS.gates(library.Gates(gate, ba[..., 2:], gate, ba[..., :2], False, made, made))
 
 
 def conv_update(states: Tensor) -> None:
@@ -202,9 +210,11 @@ HOPPER: dict[str, Callable[[], None]] = {
 }
 LAYER: dict[str, Callable[[], None]] = {
     "conv": conv,
+    "conv in groups": lambda: conv(128),
     "conv update": lambda: conv_update(empty(65, 3, 8192).transpose(1, 2)),
     "conv update, columns together": lambda: conv_update(empty(65, 8192, 3)),
     "norm": norm,
+    "gates": gates,
 }
 STEP: dict[str, Callable[[], None]] = {
     "step, fp32": lambda: step(64),
@@ -217,25 +227,13 @@ STEP: dict[str, Callable[[], None]] = {
     "step, all fp32": lambda: step(64, dtype=FP32),
 }
 GROUPS = {
-    "step": STEP,
-    "decode": DECODE,
-    "verify": VERIFY,
-    "tokens": TOKENS,
-    "prefill": PREFILL,
-    "hopper": HOPPER,
+    "step": STEP, "decode": DECODE, "verify": VERIFY, "tokens": TOKENS, "prefill": PREFILL, "hopper": HOPPER,
     "layer": LAYER,
-}
+}  # fmt: skip
 ONE_OF_EACH = {
-    "V-major bf16",
-    "K-major fp32",
-    "4 tokens",
-    "many states",
-    "fp32",
-    "conv",
-    "conv update",
-    "norm",
+    "V-major bf16", "K-major fp32", "4 tokens", "many states", "fp32", "conv", "conv update", "norm", "gates",
     "step, fp32",
-}
+}  # fmt: skip
 """Every kernel, for the generations that need only compile."""
 
 

@@ -4,6 +4,7 @@ on a GPU where there is one, in Triton's interpreter where there is none.
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ if not torch.cuda.is_available():
     import interpreter
 
     interpreter.install()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say what long runs came to, whichever worker they were in."""
+    passed = terminalreporter.getreports("passed")
+    runs = [value for report in passed for name, value in report.user_properties if name == "long run"]
+    if runs:
+        seeds, steps = {seed for seed, _ in runs}, sum(steps for _, steps in runs)
+        terminalreporter.write_line(f"long run: {steps} steps in {len(runs)} runs, seeds {min(seeds)} to {max(seeds)}")
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def test_every_group_has_cases_and_quick_has_fewer() -> None:
         full, quick = (cases.select([group], quick=quick) for quick in (False, True))
         assert full
         assert {case.group for case in full} == {group}
-        assert len(quick) < len(full) or group in ("conv", "norm", "host", "layer")
+        assert len(quick) < len(full) or group in ("step", "conv", "norm", "host", "layer")
     assert "layer" not in cases.DEFAULT_GROUPS
 
 
@@ -126,6 +126,11 @@ def test_the_work_around_the_rule() -> None:
     assert update == (64 * channels * 8, 64 * channels * 8, 0)
     norm = floors.work(Case("norm", "norm", Heads(16, 32), batch=64))
     assert norm == (2 * 64 * 32 * 128 * 2, 64 * 32 * 128 * 2, 0)
+    step = floors.work(Case("step", "step", Heads(16, 32), batch=8, state="bf16"))
+    kept = 8 * (32 * 128 * 128 * 2 + channels * 6)
+    assert step == (8 * (channels + 32 * 128 + 2 * 32) * 2 + kept, 8 * 32 * 128 * 2 + kept, 0)
+    core = floors.work(Case("layer", "layer", Heads(16, 32), "decode core", batch=8))
+    assert (core.read - step.read, core.written - step.written) == (8 * 32 * 128 * 128 * 2,) * 2
     layer = floors.work(Case("layer", "layer", Heads(16, 32), "decode", batch=8))
     weights = 2048 * (channels + 2 * 32 * 128 + 2 * 32)
     assert layer.operations == 2 * 8 * weights
@@ -200,6 +205,18 @@ def test_the_summary_says_where_we_lose() -> None:
         "1.41 times as fast as the best peer (geometric mean of 2); worst 0.50 in bad; "
         "slower than a peer in 1 of 2 cases"
     )
+
+
+def test_what_a_layer_does_around_the_rule() -> None:
+    times = {"prefill": 300.0, "prefill core": 150.0, "": 100.0, "decode": 20.0, "V-major": 10.0, "pool": 1.0}
+    rows = [row(form, us=us, form=form, heads="2/8", size="1x64") for form, us in times.items()]
+    assert report.shares(rows) == [
+        "2/8 prefill 1x64: 200% of the rule around it",
+        "2/8 prefill core 1x64: 50% of the rule around it",
+        "2/8 decode 1x64: 100% of the rule around it",
+    ]
+    assert report.shares(rows[:2]) == []
+    assert report.summary(rows).endswith("; ".join(report.shares(rows)))
 
 
 def test_the_table_shows_what_went_wrong() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.inputs import make_sets, nbytes
 from gated_delta.bench.peers import ours
 from gated_delta.testing.inputs import raw_gates
+from helpers import DEVICE
 
 CPU = torch.device("cpu")
 SMALL = Heads(2, 4, 32, 64)
@@ -27,6 +28,7 @@ EVERY = [
     *(Case("conv", "conv", SMALL, form, batch=5) for form in ("update W", "update D")),
     Case("conv", "conv", SMALL, "prefill", sequences="9+1+20"),
     Case("norm", "norm", SMALL, batch=7),
+    Case("step", "step", SMALL, batch=3, state="bf16"),
 ]
 
 
@@ -102,8 +104,20 @@ def test_errors_of_another_shape_are_infinite() -> None:
     assert check.relative_error(torch.ones(2), torch.ones(3)) == float("inf")
 
 
-def test_a_layer_is_not_judged_here() -> None:
-    case = Case("layer", "layer", SMALL, "decode", batch=2)
+def test_a_step_by_separate_kernels_is_judged_too() -> None:
+    case = Case("step", "step", SMALL, batch=3, state="bf16")
+    inputs = make_sets(case, torch.device(DEVICE), 0)[0]
+    truth, bound = check.exact(case, inputs), ours.separate(case, inputs)
+    assert bound is not None
+    bound.call()
+    assert check.judge(truth, bound.results())[1] == ""
+    assert ours.separate(Case("norm", "norm", SMALL, batch=7), inputs) is None
+
+
+@pytest.mark.parametrize("part", ["", " core"])
+@pytest.mark.parametrize("size", [{"batch": 2}, {"sequences": "9+4"}], ids=["decode", "prefill"])
+def test_a_layer_is_not_judged_here(size: dict[str, Any], part: str) -> None:
+    case = Case("layer", "layer", SMALL, ("prefill" if "sequences" in size else "decode") + part, **size)
     inputs = make_sets(case, CPU, 0)[0]
     assert check.exact(case, inputs) == {}
     with torch.no_grad():

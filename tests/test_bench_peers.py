@@ -197,7 +197,7 @@ def test_which_peers_run() -> None:
     assert chosen[:2] == [peers.OURS, peers.TOKEN_LOOP]
     assert absent["flashinfer"] in ("it is not installed", "it does not run on cpu")
     assert peers.choose(["none"], "cpu") == ([peers.OURS, peers.TOKEN_LOOP], {})
-    assert peers.choose(["none"], "cuda") == ([peers.OURS], {})
+    assert peers.choose(["none"], "cuda") == ([peers.OURS, peers.SEPARATE], {})
 
 
 @pytest.mark.parametrize(

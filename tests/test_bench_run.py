@@ -320,7 +320,7 @@ def test_help(command: Any, argv: list[str]) -> None:
     assert re.search(r"Usage: .*gated-delta bench", result.words)
 
 
-_GROUPS = "of prefill, decode, verify, conv, norm, host, layer"
+_GROUPS = "of prefill, decode, verify, step, conv, norm, host, layer"
 _SEQUENCES = "like 1x8192 (one of 8192), 2048x4 (four of 2048), 28672+4096, or one of ragged-chat, ragged-mixed"
 _SIZES = "32, 64, 96, 128, 192, 256"
 _HEADS = f"like 16/32 (q and k heads / v heads, a multiple), or 16/32@64/128 with sizes among {_SIZES}"

@@ -209,7 +209,7 @@ def test_the_copy_engine_loads_on_hopper(hopper: Kernels) -> None:
 
 def test_other_generations(build: Callable[..., Kernels]) -> None:
     kernels = build("80,100")
-    known = {"tokens", "verify", "_prefill_kernel", "_update_kernel", "_norm_kernel", "step_kernel"}
+    known = {"tokens", "verify", "_prefill_kernel", "_update_kernel", "_norm_kernel", "_gates_kernel", "step_kernel"}
     for capability in (80, 100):
         own = [x for x in kernels.values() if x["capability"] == capability]
         assert {x["case"] for x in own} == compile_kernels.ONE_OF_EACH

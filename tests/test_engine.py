@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -127,7 +127,9 @@ TestSteppedEngine = SteppedEngine.TestCase
 # --- a long run, and faults that it must notice -----------------------------------------------------------------------
 
 STEPS = int(os.environ.get("GATED_DELTA_STEPS", "2000"))
-"""Random steps of the long run; 50,000 on a GPU once."""
+"""Random steps of the long run; 50,000 on a GPU once, shared by the workers of ``-n``."""
+MOST = 1000
+"""Steps of one run; every run has a seed of its own."""
 
 
 class Planned(Sequence):
@@ -214,11 +216,13 @@ class Run:
 POOLS: list[dict[str, Any]] = [{"conv_layout": "SD"}, {"conv_layout": "DS", "reserve_null": True}]
 
 
+@pytest.mark.parametrize("seed", range(max(1, -(-STEPS // (len(POOLS) * MOST)))))
 @pytest.mark.parametrize("pool", POOLS, ids=str)
-def test_a_long_run(pool: dict[str, Any]) -> None:
-    run = Run(GatedDeltaNetAttention, 0, **pool)
-    for _ in range(STEPS // len(POOLS)):
+def test_a_long_run(pool: dict[str, Any], seed: int, record_property: Callable[[str, object], None]) -> None:
+    run = Run(GatedDeltaNetAttention, seed, **pool)
+    for _ in range(min(MOST, STEPS // len(POOLS))):
         run.step()
+    record_property("long run", (seed, min(MOST, STEPS // len(POOLS))))
 
 
 class ForgetsGates(GatedDeltaNetAttention):

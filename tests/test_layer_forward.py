@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gated_delta import layer as layers
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
@@ -229,3 +230,43 @@ def test_what_a_prefill_leaves_behind(pieces: tuple[int, ...]) -> None:
     assert_within_budget("state", engine.state.recurrent[a.slots[0]], single.states[-1], double.states[-1])
     inputs = [torch.cat((torch.zeros(3, SMALL.conv_dim), x.qkv))[-3:] for x in (single, double)]
     assert_within_budget("window", engine.state.conv[a.slots[0]].T, *inputs)
+
+
+def test_prefills_that_are_padding_come_out_zero() -> None:
+    """Beside speculative rows, where every other row is a prefill; whatever their tokens hold."""
+    engine = Engine(make_layer(), num_spec=2)
+    (sequence,) = prefill(engine, 6)
+    hidden = torch.cat((sequence.hidden[6:8], torch.full((4, SMALL.hidden_size), torch.nan)))
+    rows = [SpecRow(2, sequence.slots, 1), Row(1, -1), Row(3, -1)]
+    output = engine.layer(hidden, GatedDeltaNetBatch.build(rows, num_spec=2), engine.state)
+    assert output[:2].all() and not output[2:].any()
+
+
+class Launches(TorchDispatchMode):
+    """Operators that are called, but those that only look at tensors or make room for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket)
+        if not func.is_view and "empty" not in name and name != "aten._unsafe_view":
+            self.names.append(name)
+        return result
+
+
+@pytest.mark.parametrize("projection", ["interleaved", "flat", "merged"])
+def test_a_prefill_makes_nothing_in_between(projection: str) -> None:
+    """Four operators, which take what the projections give as it stands."""
+    served = Engine(make_layer(replace(SMALL, projection=projection)))
+    first, second = served.add(9), served.add(5)
+    served.step(Move(first, 4), Move(second, 5))
+    hidden = torch.cat((first.hidden[4:], served.add(3).hidden))
+    rows = [Row(5, first.slots[0]), Row(3, served.sequences[2].slots[0], fresh=True)]
+    with Launches() as seen:
+        served.layer(hidden, GatedDeltaNetBatch.build(rows), served.state)
+    ours = [name for name in seen.names if name != "aten.mm"]
+    assert ours == [f"gated_delta.{name}" for name in ("gates", "causal_conv1d", "prefill", "rms_norm_gated")]
+    assert len(seen.names) - len(ours) == (5 if projection == "flat" else 3)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gated_delta as gd
 from gated_delta import library, reference
+from gated_delta.prefill import gates
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, prefill_inputs, recurrent_inputs, with_state
 from helpers import nans, normal, starts
@@ -76,6 +77,11 @@ def _norm(**options: Any) -> Call:
     return gd.rms_norm_gated, {**given, **options}
 
 
+def _gates() -> Call:
+    ba, per_head = normal(5, 2, 6), {"A_log": normal(6, seed=1), "dt_bias": normal(6, seed=2)}
+    return gates, {**per_head, "a": ba[..., 3:], "b": ba[..., :3], "allow_neg_eigval": True}
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "prefill": _prefill,
     "prefill, final state": lambda: _prefill(output_final_state=True, use_qk_l2norm_in_kernel=True, scale=0.5),
@@ -101,12 +107,14 @@ CALLS: dict[str, Callable[[], Call]] = {
     "conv": _conv,
     "conv, stateless": lambda: _conv(conv_states=None),
     "conv, pool": _conv_pool,
+    "conv, grouped": lambda: _conv(x=normal(9, 2, 4), head_k=1),
     "update": _update,
     "update, ragged": _ragged_update,
     "norm": _norm,
     "norm, sigmoid": lambda: _norm(activation="sigmoid"),
+    "gates": _gates,
 }  # fmt: skip
-OPERATORS = ("prefill", "recurrent", "causal_conv1d", "causal_conv1d_update", "rms_norm_gated")
+OPERATORS = ("prefill", "recurrent", "causal_conv1d", "causal_conv1d_update", "rms_norm_gated", "gates")
 SCHEMAS = {
     "prefill": (
         "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, Tensor cu_seqlens, Tensor? "
@@ -123,13 +131,18 @@ SCHEMAS = {
     ),
     "causal_conv1d": (
         "Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? conv_states, Tensor cu_seqlens, Tensor? "
-        "state_indices, Tensor? has_initial_state, bool activate, int null_slot, Tensor(b!) output, str backend"
+        "state_indices, Tensor? has_initial_state, bool activate, int null_slot, int head_k, Tensor(b!) output, str "
+        "backend"
     ),
     "causal_conv1d_update": (
         "Tensor x, Tensor(a!) conv_states, Tensor weight, Tensor? bias, bool activate, Tensor? state_indices, "
         "Tensor? num_accepted_tokens, Tensor? cu_seqlens, int null_slot, Tensor(b!) output, str backend"
     ),
     "rms_norm_gated": ("Tensor x, Tensor z, Tensor weight, float eps, str activation, Tensor(a!) output, str backend"),
+    "gates": (
+        "Tensor A_log, Tensor a, Tensor dt_bias, Tensor b, bool allow_neg_eigval, Tensor(a!) log_alpha, Tensor(b!) "
+        "beta, str backend"
+    ),
     "gated_delta_net_step": (
         "Tensor q, Tensor k, Tensor v, Tensor z, Tensor b, Tensor a, Tensor(a!) conv_states, Tensor conv_weight, "
         "Tensor(b!) state, Tensor A_log, Tensor dt_bias, Tensor norm_weight, float scale, float eps, str "

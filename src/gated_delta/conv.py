@@ -12,13 +12,14 @@ from gated_delta.validation import data, operators
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, conv_states: Tensor | None, cu_seqlens: Tensor,
     state_indices: Tensor | None, has_initial_state: Tensor | None, activation: str | None = "silu",
-    null_slot: int | None = None, backend: str = "auto",
+    null_slot: int | None = None, head_k: int = 0, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Causal convolution over packed sequences: ``y_t = act(bias + sum_j weight_j x_(t-W+1+j))`` in fp32, with the
     inputs before a sequence's first token taken from its state.
 
     Args:
-        x: ``[L, D]`` bf16, fp16 or fp32; never overwritten.
+        x: ``[L, D]`` bf16, fp16 or fp32; never overwritten. With ``head_k``, ``[L, H, D / H]`` in groups of a key head:
+            q and k of ``head_k`` channels each, then its v; all else has the channels of all q, then k, then v.
         weight: ``[D, W]``, W 2 to 5; bias: ``[D]``.
         conv_states: ``[N, D, C]``, or with ``state_indices`` a pool ``[P, D, C]``, ``C >= W-1``, any strides. Columns
             0 to W-2 are the last W-1 inputs, oldest first, before the call and (written in place) after it; further
@@ -28,6 +29,7 @@ def causal_conv1d(
         has_initial_state: ``[N]`` bool: False starts from zeros whatever the slot holds. None: all True.
         activation: "silu" ("swish" is the same) or None.
         null_slot: this slot means padding too.
+        head_k: 0 for an x of ``[L, D]``.
         backend: "auto", or a name that :func:`gated_delta.explain` lists.
 
     Returns:
@@ -38,7 +40,7 @@ def causal_conv1d(
     """
     call = library.CausalConv1d._make((
         x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation is not None, null_slot,
-        None,
+        head_k, None,
     ))  # fmt: skip
     return _run(library.causal_conv1d, call, activation, backend)
 
@@ -82,6 +84,8 @@ def _run(
     args = operators.conv(call, activation)
     backend = dispatch.serving(args, call.x, backend)
     output = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    if isinstance(call, library.CausalConv1d):
+        output = output.flatten(1)
     call = call._replace(null_slot=library.slot_number(call.null_slot), output=output)
     if data.is_checked():
         data.conv(args.where, call)

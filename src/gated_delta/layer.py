@@ -17,7 +17,7 @@ from gated_delta.conv import causal_conv1d
 from gated_delta.errors import ShapeError
 from gated_delta.norm import rms_norm_gated
 from gated_delta.parallel import Parallel
-from gated_delta.prefill import chunk_gated_delta_rule
+from gated_delta.prefill import chunk_gated_delta_rule, gates
 from gated_delta.state import LayerState
 from gated_delta.step import gated_delta_net_step
 from gated_delta.validation import data
@@ -67,11 +67,18 @@ class Projected:
         return Heads(q.unflatten(-1, keys), k.unflatten(-1, keys), v, z, b.unflatten(-1, gates), a.unflatten(-1, gates))
 
     @property
+    def mixed(self) -> tuple[Tensor, int]:
+        """The convolution's x and ``head_k``: where they stand, without a copy."""
+        c, first = self.config, self.outputs[0]
+        if c.projection == "interleaved":
+            return first.unflatten(1, (c.num_k_heads, -1))[..., : c.conv_dim // c.num_k_heads], c.head_k_dim
+        return first[:, : c.conv_dim], 0
+
+    @property
     def qkv(self) -> Tensor:
         """``[L, conv_dim]``: q, k and v side by side, before the convolution."""
-        if self.config.projection == "interleaved":
-            return torch.cat([x.flatten(1) for x in self.heads[:3]], dim=-1)
-        return self.outputs[0][:, : self.config.conv_dim]
+        x, head_k = self.mixed
+        return reference.by_part(x, head_k) if head_k else x
 
     def of(self, tokens: Tensor | slice) -> Projected:
         """Some of the tokens: everything that belongs to a token moves with it, its gates too."""
@@ -256,21 +263,26 @@ class GatedDeltaNetAttention(nn.Module):
     def _prefill(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         assert batch.non_spec_query_start_loc is not None and batch.non_spec_state_indices is not None
         c, heads, own = self.config, p.heads, slice(batch.num_decodes, None)
+        starts = batch.non_spec_query_start_loc[own]
         rows: dict[str, Any] = {
-            "cu_seqlens": batch.non_spec_query_start_loc[own] - batch.num_decodes,
+            "cu_seqlens": starts - batch.num_decodes if batch.num_decodes else starts,
             "state_indices": batch.non_spec_state_indices[own],
             "has_initial_state": None if batch.has_initial_state is None else batch.has_initial_state[own],
             "null_slot": state.null_slot,
         }
-        x = causal_conv1d(p.qkv, self.conv1d.weight[:, 0], conv_states=state.conv, **rows)
-        core = chunk_gated_delta_rule(
-            *self.split_heads(x),
-            reference.decay(self.A_log, heads.a.flatten(1), self.dt_bias),
-            reference.write_strength(heads.b.flatten(1), allow_neg_eigval=c.allow_neg_eigval),
-            initial_state=state.recurrent, output_state=state.recurrent, use_qk_l2norm_in_kernel=True, **rows,
-        )  # fmt: skip
-        assert isinstance(core, Tensor)
-        rms_norm_gated(core, heads.z.flatten(1, 2), self.norm.weight, c.norm_eps, c.output_gate, output=output)
+        x, head_k = p.mixed
+        g, beta = gates(self.A_log, heads.a, self.dt_bias, heads.b, allow_neg_eigval=c.allow_neg_eigval)
+        x = causal_conv1d(x, self.conv1d.weight[:, 0], conv_states=state.conv, head_k=head_k, **rows)
+        core = self._rule(*self.split_heads(x), g, beta, state.recurrent, **rows)
+        core, output = (y.view_as(heads.z) for y in (core, output))  # z grouped as it stands: flattened, it is a copy
+        rms_norm_gated(core, heads.z, self.norm.weight, c.norm_eps, c.output_gate, output=output)
+
+    def _rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, pool: Tensor, **rows: Any) -> Tensor:
+        """``[L, HV, V]``, before the norm; g is the logarithm of alpha."""
+        given = {"initial_state": pool, "output_state": pool, "use_qk_l2norm_in_kernel": True, **rows}
+        output = chunk_gated_delta_rule(q, k, v, g, beta, g_space="log", **given)
+        assert isinstance(output, Tensor)
+        return output
 
     def evaluate(self, hidden: Tensor, *, token_by_token: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
         """The layer in plain torch over whole sequences ``[B, T, hidden]`` that start from nothing.

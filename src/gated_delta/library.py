@@ -104,7 +104,7 @@ class Recurrent(NamedTuple):
 class CausalConv1d(NamedTuple):
     """Arguments of ``causal_conv1d``."""
 
-    x: Annotated[Tensor, Asked("TOKENS D")]
+    x: Annotated[Tensor, Asked("INPUTS")]
     weight: Annotated[Tensor, Asked("D W", any_stride=True)]
     bias: Annotated[Tensor, Asked("D")] | None
     conv_states: Annotated[Tensor, Asked("ROWS D *", any_stride=True, written=True)] | None
@@ -114,6 +114,7 @@ class CausalConv1d(NamedTuple):
     activate: bool
     """By silu."""
     null_slot: int
+    head_k: int
     output: Annotated[Tensor, Asked("TOKENS D", written=True)]
 
 
@@ -141,6 +142,18 @@ class RmsNormGated(NamedTuple):
     eps: float
     activation: str
     output: Annotated[Tensor, Asked("LEADING V", written=True, whole=True)]
+
+
+class Gates(NamedTuple):
+    """Arguments of ``gates``, the logarithms of alpha among them."""
+
+    A_log: Annotated[Tensor, Asked("HV", _F32)]
+    a: Annotated[Tensor, Asked("L H R", any_stride=True)]
+    dt_bias: Annotated[Tensor, Asked("HV")]
+    b: Annotated[Tensor, Asked("L H R", any_stride=True)]
+    allow_neg_eigval: bool
+    log_alpha: Annotated[Tensor, Asked("L HV", _F32, written=True, whole=True)]
+    beta: Annotated[Tensor, Asked("L HV", _F32, written=True, whole=True)]
 
 
 class GatedDeltaNetStep(NamedTuple):
@@ -219,4 +232,5 @@ recurrent = _register("recurrent", Recurrent)
 causal_conv1d = _register("causal_conv1d", CausalConv1d)
 causal_conv1d_update = _register("causal_conv1d_update", CausalConv1dUpdate)
 rms_norm_gated = _register("rms_norm_gated", RmsNormGated)
+gates = _register("gates", Gates)
 gated_delta_net_step = _register("gated_delta_net_step", GatedDeltaNetStep)

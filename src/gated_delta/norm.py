@@ -11,7 +11,8 @@ def rms_norm_gated(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str = "silu", *, output: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """``x rsqrt(mean(x^2) + eps) weight act(z)`` over the last dimension, in fp32, rounded once.
+    """``x rsqrt(mean(x^2) + eps) weight act(z)`` over the last dimension, in fp32, rounded once; 0 where x is 0, as in
+    rows of padding, whatever z holds there.
 
     Args:
         x, z: ``[..., V]`` of one shape, bf16, fp16 or fp32.

@@ -1,4 +1,4 @@
-"""Chunked prefill: many tokens of many sequences at once."""
+"""Chunked prefill: many tokens of many sequences at once, and its gates."""
 
 from typing import Any
 
@@ -82,3 +82,34 @@ def _run(
         return call.output
     assert final is not None
     return call.output, final
+
+
+def _final_state(call: library.Prefill, sizes: dict[str, int]) -> Tensor:
+    """Where the final states go."""
+    if call.final_state is not None:
+        return call.final_state
+    if call.state_indices is not None and call.initial_state is not None:
+        return call.initial_state
+    dtype = torch.float32 if call.initial_state is None else call.initial_state.dtype
+    return call.q.new_empty(sizes["N"], sizes["HS"], sizes["V"], sizes["K"], dtype=dtype)
+
+
+def gates(
+    A_log: Tensor, a: Tensor, dt_bias: Tensor, b: Tensor, *, allow_neg_eigval: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The logarithm of alpha, and beta, for :func:`chunk_gated_delta_rule`, in one launch.
+
+    Args:
+        A_log: ``[H R]`` fp32; dt_bias: ``[H R]``. a, b: ``[L, H, R]``, views of any strides.
+        allow_neg_eigval: ``beta = 2 sigmoid(b)``. backend: "auto", "cpu" or "triton".
+
+    Returns:
+        Two of ``[L, H R]`` fp32.
+
+    Raises:
+        BackendError: no backend serves this dtype and device.
+    """
+    chosen = dispatch.choose(dispatch.Request("gates", a.device.type, a.dtype, 0, 0), backend)
+    log_alpha, beta = (A_log.new_empty(len(a), len(A_log), dtype=torch.float32) for _ in range(2))
+    library.gates(A_log, a, dt_bias, b, allow_neg_eigval, log_alpha, beta, chosen)
+    return log_alpha, beta

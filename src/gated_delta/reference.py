@@ -48,9 +48,14 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def decay(A_log: Tensor, a: Tensor, dt_bias: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """``alpha = exp(-exp(A_log) softplus(a + dt_bias))``, shaped like ``a`` (``[..., HV]``)."""
+    return torch.exp(log_decay(A_log, a, dt_bias, dtype=dtype))
+
+
+def log_decay(A_log: Tensor, a: Tensor, dt_bias: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The logarithm of :func:`decay`."""
     largest = torch.finfo(dtype).max  # infinity times a closed gate, or zero times an infinite one, would be NaN
     rate = torch.exp(A_log.to(dtype)).clamp(max=largest)
-    return torch.exp(-rate * softplus((a.to(dtype) + dt_bias.to(dtype)).clamp(-largest, largest)))
+    return -rate * softplus((a.to(dtype) + dt_bias.to(dtype)).clamp(-largest, largest))
 
 
 def write_strength(b: Tensor, *, allow_neg_eigval: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -86,6 +91,11 @@ def rms_norm_gated(
 
 
 # --- causal convolution over packed sequences -------------------------------------------------------------------------
+
+
+def by_part(x: Tensor, head_k: int) -> Tensor:
+    """Channels grouped by key head, ``[L, H, 2 head_k + values]`` -> all of q, then k, then v: ``[L, D]``."""
+    return torch.cat([y.flatten(1) for y in x.split((head_k, head_k, x.shape[2] - 2 * head_k), dim=-1)], dim=-1)
 
 
 class Extended(NamedTuple):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d, causal_conv1d_update
 from gated_delta.errors import WarmupError
 from gated_delta.norm import rms_norm_gated
-from gated_delta.prefill import chunk_gated_delta_rule
+from gated_delta.prefill import chunk_gated_delta_rule, gates
 from gated_delta.validation.arguments import FLOATS, Arguments, describe_dtypes
 
 
@@ -209,7 +210,7 @@ def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
         }  # fmt: skip
         if pooled:
             fresh = torch.zeros(rows, dtype=torch.bool, device=s.device)
-            x |= {"initial_state": states, "output_state": states, "output": torch.empty_like(x["v"])}
+            x |= {"initial_state": states, "output_state": states, "output": torch.empty_like(x["v"]), "g_space": "log"}
             x["state_indices"] = torch.arange(rows, dtype=torch.int32, device=s.device)
             chunk_gated_delta_rule(**x, has_initial_state=fresh if known else None)
         else:
@@ -217,7 +218,7 @@ def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
 
 
 def _around(s: _Shapes) -> None:
-    """Convolution in all its forms, and the norm."""
+    """Convolution in all its forms, the gates, and the norm."""
     c, tokens = s.config, 8
     slots = torch.zeros(1, dtype=torch.int32, device=s.device)
     starts = torch.tensor([0, tokens], dtype=torch.int32, device=s.device)
@@ -226,10 +227,14 @@ def _around(s: _Shapes) -> None:
     states = [s.empty(1, columns, c.conv_dim).transpose(1, 2), s.empty(1, c.conv_dim, columns)]
     states += [x.float() for x in states] if s.dtype != torch.float32 else []
     x = s.empty(max(tokens, s.num_spec + 1), c.conv_dim)
+    grouped = c.projection == "interleaved"
+    inputs = [(x[:tokens], 0), *([(x[:tokens].unflatten(1, (c.num_k_heads, -1)), c.head_k_dim)] if grouped else [])]
+    a, per_head = s.empty(tokens, c.num_k_heads, c.ratio), s.empty(c.num_v_heads, dtype=torch.float32)
+    gates(per_head, a, per_head.to(s.dtype), a, allow_neg_eigval=c.allow_neg_eigval)
     for conv_states in states:
         rows: dict[str, Any] = {"conv_states": conv_states, "weight": weight, "state_indices": slots}
-        for known in (None, torch.ones(1, dtype=torch.bool, device=s.device)):
-            causal_conv1d(x[:tokens], **rows, cu_seqlens=starts, has_initial_state=known)
+        for known, (given, head_k) in product((None, torch.ones(1, dtype=torch.bool, device=s.device)), inputs):
+            causal_conv1d(given, **rows, cu_seqlens=starts, has_initial_state=known, head_k=head_k)
         causal_conv1d_update(x[:1], **rows)
         if s.num_spec:
             accepted, step = torch.ones_like(slots), starts.clamp(max=s.num_spec + 1)

@@ -12,7 +12,7 @@ from gated_delta.validation.arguments import HEAD_SIZES
 
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATES = ("none", "weak", "mix", "model")
-STEPS = ("decode", "verify")
+STEPS = ("decode", "verify", "step")
 """Operations on a batch of rows with a state each."""
 RULES = ("prefill", *STEPS)
 """Operations that apply the gated delta rule."""
@@ -91,7 +91,7 @@ class Case:
     group: str
     """What it is shown under; "host" measures the time of a call on the host instead of on the device."""
     operation: str
-    """"prefill", "decode", "verify", "conv", "norm" or "layer"."""
+    """"prefill", "decode", "verify", "step", "conv", "norm" or "layer"."""
     heads: Heads
     form: str = ""
     """How: see :data:`PLAN`."""
@@ -115,7 +115,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        operation = self.operation if self.group == "host" else ""
+        operation = self.operation if self.group in ("host", "layer") and self.operation != "layer" else ""
         state = self.state if self.operation in STEPS else ""
         return " ".join(filter(None, (operation, str(self.heads), self.form, state, self.size)))
 
@@ -140,6 +140,7 @@ PLAN = (
     Line("prefill", "prefill", ("",), _MANY, f"{_WORDS}|1x2048 1x8192 4096x8 64x256|1x128 1x512 64x4"),
     Line("decode", "decode", ("V-major", "pool", "K-major"), _MANY, "1 4 8 16 32 64 128 256 512|1 8 64 256|1 4"),
     Line("verify", "verify", ("outputs", "final", "snapshots", "slots"), _ONE, "1 8 64 256|1 64|1 4", "2 4 8|4"),
+    Line("step", "step", ("",), _ONE, "1 8 64||1 4"),
     Line("conv", "conv", ("prefill",), _ONE, "1x8192 64x256||1x512"),
     Line("conv", "conv", ("update W", "update D"), _ONE, "1 64 512||1 4"),
     Line("norm", "norm", ("",), _ONE, "1 64 512 8192||64"),
@@ -148,12 +149,18 @@ PLAN = (
     Line("host", "prefill", ("",), "2/8||2/4", "1x64"),
     Line("host", "conv", ("update W",), "2/8||2/4", "8"),
     Line("host", "norm", ("",), "2/8||2/4", "8"),
-    Line("layer", "layer", ("prefill",), _ONE, "1x2048 1x8192||1x256"),
-    Line("layer", "layer", ("decode",), _ONE, "1 8 64 256||1 4"),
+    *(
+        Line("layer", operation, forms, heads, sizes)
+        for operation, forms in (("layer", ("prefill", "prefill core")), ("prefill", ("",)))
+        for heads, sizes in (("16/64||2/4", "1x32768||1x256"), (_ONE, "1x2048 1x8192||1x256"))
+    ),
+    Line("layer", "layer", ("decode", "decode core"), _ONE, "1 8 64 256||1 4"),
+    Line("layer", "decode", ("V-major",), _ONE, "1 8 64 256||1 4"),
 )
 """Forms of decode: one fp32 state a row ``[V, K]``, 16-bit ones in a pool, one state a row ``[K, V]``. verify: what is
 kept beside the outputs (nothing, the final state, the state after every token in a buffer, the same in pool slots).
-conv: packed sequences, or one token a row with the state's window (W) or channels (D) contiguous."""
+conv: packed sequences, or one token a row with the state's window (W) or channels (D) contiguous. layer: whole, without
+its projections (core), and the rule alone."""
 GROUPS = tuple(dict.fromkeys(line.group for line in PLAN))
 DEFAULT_GROUPS = GROUPS[:-1]
 _ONLY = {"V-major": ("fp32",), "pool": ("bf16", "fp16")}

@@ -26,14 +26,34 @@ def exact(case: Case, x: Inputs) -> Results:
         return _prefill(case, x)
     if case.operation in ("decode", "verify"):
         return _recurrent(case, x)
+    if case.operation == "step":
+        return _step(case, x)
     if case.operation == "conv":
-        extended = reference.extend(x["x"].double(), x["conv_states"].double().transpose(1, 2), x["cu_seqlens"])
-        output = reference.causal_conv1d(extended, x["weight"], None, "silu")
-        window = extended.rows[extended.starts[1:, None] - torch.arange(3, 0, -1, device=output.device)]
-        return {"output": output, "state": window.transpose(1, 2)}
+        return _convolved(x["x"], x["conv_states"], x["weight"], x["cu_seqlens"])
     if case.operation == "norm":
         return {"output": reference.rms_norm_gated(x["x"], x["z"], x["weight"], 1e-6, dtype=torch.float64)}
     return {}
+
+
+def _convolved(x: Tensor, conv_states: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Results:
+    extended = reference.extend(x.double(), conv_states.double().transpose(1, 2), cu_seqlens)
+    output = reference.causal_conv1d(extended, weight, None, "silu")
+    window = extended.rows[extended.starts[1:, None] - torch.arange(3, 0, -1, device=output.device)]
+    return {"output": output, "state": window.transpose(1, 2)}
+
+
+def _step(case: Case, x: Inputs) -> Results:
+    """The parts one after the other, nothing rounded between them."""
+    inputs, starts = torch.cat([x[name].flatten(1) for name in "qkv"], -1), torch.arange(case.batch + 1)
+    mixed = _convolved(inputs, x["conv_states"], x["conv_weight"], starts.to(inputs.device))
+    keys = case.heads.h * case.heads.k
+    parts = mixed["output"][:, None].split((keys, keys, case.heads.hv * case.heads.v), dim=-1)
+    sizes = zip("qkv", parts, (case.heads.k, case.heads.k, case.heads.v), strict=True)
+    heads = {name: y.unflatten(-1, (-1, size)) for name, y, size in sizes}
+    found = _recurrent(case, x | heads | {name: x[name].flatten(1)[:, None] for name in "ab"})
+    gate, weight = x["z"].flatten(1, 2), x["norm_weight"]
+    normed = reference.rms_norm_gated(found["output"][:, 0], gate, weight, 1e-6, dtype=torch.float64)
+    return {"output": normed, "state": found["state"], "window": mixed["state"]}
 
 
 def _prefill(case: Case, x: Inputs) -> Results:

@@ -1,5 +1,6 @@
 """``gated-delta bench``: run, plot, compare."""
 
+import csv
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,9 +11,10 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
 from typer.core import TyperGroup
 
-from gated_delta.bench import cases, machine, peers, plots, records, report
+from gated_delta.bench import cases, machine, peers, plots, records, report, serving
 from gated_delta.bench.run import Bench
 from gated_delta.errors import OptionError
 
@@ -75,7 +77,9 @@ def existing_file(name: str, words: str = "") -> Any:
 def run_command(
     groups: Annotated[
         list[str] | None,
-        typer.Argument(help="Of prefill, decode, verify, conv, norm, host, layer; all but layer if none is named."),
+        typer.Argument(
+            help="Of prefill, decode, verify, step, conv, norm, host, layer; all but layer if none is named."
+        ),
     ] = None,
     heads: Annotated[str, typer.Option(help='Head layouts such as "16/32,2/8", or "all".')] = "",
     seqs: Annotated[str, typer.Option(help='Sequences such as "1x8192,2048x4", or "all".')] = "",
@@ -158,6 +162,53 @@ def _say(line: str) -> None:
 def _draw(rows: Sequence[records.Row], out: Path) -> None:
     for file in plots.draw(rows, out):
         _say(f"written: {file}")
+
+
+@app.command("serve-sim")
+def serve_command(
+    model: Annotated[str, typer.Argument(help=f"Of {', '.join(serving.MODELS)}.")] = "qwen3-next-80b-a3b",
+    trace: Annotated[Path | None, typer.Option(help="CSV of arrival (in steps), prompt, output; else random:")] = None,
+    requests: Annotated[int, typer.Option(min=1)] = 64,
+    rate: Annotated[float, typer.Option(min=1e-6, help="Arrivals a step.")] = 0.25,
+    prompt: Annotated[int, typer.Option(min=1, help="Median of the prompts' lengths.")] = 1024,
+    output: Annotated[int, typer.Option(min=1, help="Median of the outputs' lengths.")] = 128,
+    budget: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 64,
+    drafts: Annotated[int, typer.Option(min=0, help="Drafted tokens that a decode verifies.")] = 0,
+    acceptance: Annotated[float, typer.Option(min=0, max=1, help="How likely a draft is right.")] = 0.7,
+    layers: Annotated[int | None, typer.Option(min=1, help="If not as many as the model has.")] = None,
+    state: Annotated[str, typer.Option(help="States: fp32, bf16 or fp16.")] = "fp32",
+    seed: Annotated[int, typer.Option()] = 0,
+    peers_: Annotated[str, typer.Option("--peers", help="Whose rule to swap in: as for run.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for serve-sim.csv.")] = None,
+    device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
+) -> None:
+    """Serve a trace of requests by a stack of layers, with our kernels and with peers' swapped in."""
+    from gated_delta.cli import pick_device  # noqa: PLC0415 - it mounts this module
+
+    place = pick_device(device)
+    parsed(model, "MODEL", among(serving.MODELS))
+    parsed(state, "--state", among(cases.STATES))
+    asked = serving.random_trace(requests, rate, prompt, output, seed) if trace is None else serving.read_trace(trace)
+    settings = serving.Settings(budget, batch, drafts, acceptance, state, seed)
+    contenders, _ = peers.choose(parsed(peers_, "--peers", str), place)
+    rows, facts = list[dict[str, str]](), machine.facts(place)
+    for name in contenders:
+        if name not in (peers.TOKEN_LOOP, peers.SEPARATE):
+            with progress(name, 2 * len(asked)) as advance:
+                found = serving.serve(name, model, layers, asked, settings, place, advance) | facts
+            rows.append({key: f"{x:.6g}" if isinstance(x, float) else str(x) for key, x in found.items()})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table("", *(row["rule by"] for row in rows), title="serve-sim")
+    for key in columns[1:]:
+        table.add_row(key, *(row.get(key, "") for row in rows))
+    console.print(table)
+    if out is not None:
+        _make_folder(out)
+        with (out / "serve-sim.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 @app.command("plot")

@@ -75,8 +75,13 @@ def work(case: Case) -> Work:
     (h, hv, k, v), tokens, rows = case.heads, sum(case.lengths), len(case.lengths)
     activations, output = tokens * (2 * h * k + hv * v) * 2, tokens * hv * v * 2
     states, windows = rows * hv * k * v * 4, rows * case.heads.conv_dim * 3 * 2
+    operations = _prefill_operations(case) if case.operation == "prefill" or "prefill" in case.form else 0
+    if case.operation == "step" or case.form.endswith(" core"):
+        kept = states // 4 * STATES.get(case.state, STATES["fp32"]).itemsize + windows
+        projected = tokens * (case.heads.conv_dim + hv * v + 2 * hv) * 2
+        return Work(projected + kept, output + kept, operations)
     if case.operation == "prefill":
-        return Work(activations + 2 * tokens * hv * 4 + states, output + states, _prefill_operations(case))
+        return Work(activations + 2 * tokens * hv * 4 + states, output + states, operations)
     if case.operation in STEPS:
         states = states // 4 * STATES[case.state].itemsize
         copies = {"outputs": 0, "snapshots": case.tokens, "slots": case.tokens}.get(case.form, 1)
@@ -87,8 +92,7 @@ def work(case: Case) -> Work:
         return Work(2 * output, output, 0)
     _, hidden = MODELS.get(case.heads, NO_MODEL)
     weights, both = hidden * (case.heads.conv_dim + 2 * hv * v + 2 * hv), tokens * hidden * 2 + states + windows
-    operations = 2 * tokens * weights + (_prefill_operations(case) if case.form == "prefill" else 0)
-    return Work(weights * 2 + both, both, operations)
+    return Work(weights * 2 + both, both, 2 * tokens * weights + operations)
 
 
 def _prefill_operations(case: Case) -> int:

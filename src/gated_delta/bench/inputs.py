@@ -6,9 +6,9 @@ from torch import Tensor
 from gated_delta.batch import GatedDeltaNetBatch, Row
 from gated_delta.bench.cases import MODELS, NO_MODEL, STATES, Case
 from gated_delta.config import GatedDeltaNetConfig
-from gated_delta.layer import GatedDeltaNetAttention
-from gated_delta.state import StatePool
-from gated_delta.testing.inputs import Inputs, cu_seqlens, prefill_inputs, recurrent_inputs, with_state
+from gated_delta.layer import GatedDeltaNetAttention, Projected
+from gated_delta.state import LayerState, StatePool
+from gated_delta.testing.inputs import Inputs, cu_seqlens, prefill_inputs, raw_gates, recurrent_inputs, with_state
 
 MOST_SETS = 256
 SHARED = ("cu_seqlens", "slots", "token_slots", "weight", "batch")
@@ -80,21 +80,47 @@ def _norm(case: Case) -> Inputs:
     return {"x": normal(*shape), "z": normal(*shape), "weight": normal(case.heads.v)}
 
 
-def _layer(case: Case) -> Inputs:
-    """A layer with weights of its own, states in a pool, and a step that goes on from them."""
+def _in_pool(case: Case) -> tuple[GatedDeltaNetConfig, LayerState]:
+    """The case's layer, interleaved, and a state for each of its rows."""
     h, hv, k, v = case.heads
     _, hidden = MODELS.get(case.heads, NO_MODEL)
     config = GatedDeltaNetConfig(hidden_size=hidden, num_k_heads=h, num_v_heads=hv, head_k_dim=k, head_v_dim=v)
-    layer = GatedDeltaNetAttention(config).to(torch.bfloat16).requires_grad_(False)
-    x = normal(sum(case.lengths), hidden)
-    pool = StatePool(config, layers=1, slots=len(case.lengths), conv_dtype=torch.bfloat16, device=x.device)
+    device, dtype = torch.get_default_device(), STATES.get(case.state, torch.float32)
+    pool = StatePool(
+        config, layers=1, slots=len(case.lengths), conv_dtype=torch.bfloat16, state_dtype=dtype, device=device
+    )
     state = pool.layer(0)
     state.conv.normal_()
     state.recurrent.normal_().mul_(k**-0.5)
+    return config, state
+
+
+def _step(case: Case) -> Inputs:
+    config, state = _in_pool(case)
+    wide = normal(case.batch, config.conv_dim + config.value_dim), normal(case.batch, 2 * config.num_v_heads)
+    heads, raw = Projected(config, wide).heads, raw_gates(case.gates, case.batch, config.num_v_heads)
+    heads.a.copy_(raw["a"].view_as(heads.a))
+    return {
+        **heads._asdict(), "conv_states": state.conv, "conv_weight": normal(config.conv_dim, config.conv_width),
+        "state": state.recurrent, "A_log": raw["A_log"], "dt_bias": raw["dt_bias"], "tickets": state.tickets,
+        "norm_weight": normal(config.head_v_dim), "slots": torch.arange(case.batch, dtype=torch.int32),
+        "output": torch.full((case.batch, config.num_v_heads, config.head_v_dim), torch.nan, dtype=torch.bfloat16),
+    }  # fmt: skip
+
+
+def _layer(case: Case) -> Inputs:
+    """A layer with weights of its own, states in a pool, and a step that goes on from them."""
+    config, state = _in_pool(case)
+    layer = GatedDeltaNetAttention(config).to(torch.bfloat16).requires_grad_(False)
+    x = normal(sum(case.lengths), config.hidden_size)
     batch = GatedDeltaNetBatch.build([Row(n, slot) for slot, n in enumerate(case.lengths)], device=x.device)
-    return {"layer": layer, "batch": batch, "layer_state": state, "hidden": x, "recurrent": state.recurrent}
+    found = {"layer": layer, "batch": batch, "layer_state": state, "hidden": x, "recurrent": state.recurrent}
+    if case.form.endswith(" core"):
+        found |= {"projected": layer.project(x), "output": x.new_empty(len(x), config.num_v_heads, config.head_v_dim)}
+    return found
 
 
 _BUILDERS = {
-    "prefill": _prefill, "decode": _recurrent, "verify": _recurrent, "conv": _conv, "norm": _norm, "layer": _layer,
+    "prefill": _prefill, "decode": _recurrent, "verify": _recurrent, "step": _step, "conv": _conv, "norm": _norm,
+    "layer": _layer,
 }  # fmt: skip

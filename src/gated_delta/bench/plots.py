@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {OURS: "#0072b2", "flashinfer": "#d55e00", "flashqla": "#009e73", "fla": "#cc79a7", "token loop": "#e69f00",
+           "separate": "#999999",
            "transformers": "#56b4e9", "machine": "#000000"}  # fmt: skip
 """Colour-blind people can tell them apart, too."""
 COLUMN = 42

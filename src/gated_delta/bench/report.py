@@ -98,7 +98,18 @@ def summary(rows: Sequence[Row]) -> str:
             worst, mean = worst_of(found, key=found.__getitem__), geometric_mean(found.values())
             parts.append(f"{mean:.2f} {words} (geometric mean of {len(found)}); worst {found[worst]:.2f} in {worst[1]}")
     lost = sum(speedup < 1 for speedup in peers.values())
+    parts += shares(ours)
     return "; ".join([*parts, *([f"slower than a peer in {lost} of {len(peers)} cases"] if lost else [])])
+
+
+def shares(rows: Sequence[Row]) -> list[str]:
+    """What a layer does around the rule, as a share of the rule, with its projections and without."""
+    times, found = {(row.form, row.heads, row.size): row.us for row in rows if row.us}, []
+    for (form, *where), us in times.items():
+        for words, rule in (("prefill", ""), ("decode", "V-major")):
+            if form.startswith(words) and (alone := times.get((rule, where[0], where[1]))):
+                found.append(f"{' '.join((where[0], form, where[1]))}: {us / alone - 1:.0%} of the rule around it")
+    return found
 
 
 def compared(before: Sequence[Row], after: Sequence[Row], threshold: float) -> Group:

@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
-from gated_delta import reference
+from gated_delta import library, reference
 from gated_delta.kernels.separate import composed
 from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill, Recurrent, RmsNormGated
 
@@ -85,7 +85,9 @@ def recurrent(call: Recurrent) -> None:
 
 
 def causal_conv1d(call: CausalConv1d) -> None:
-    x, weight, bias, conv_states, cu_seqlens, slots, has_state, activate, null_slot, output = call
+    x, weight, bias, conv_states, cu_seqlens, slots, has_state, activate, null_slot, head_k, output = call
+    if head_k:
+        x = reference.by_part(x, head_k)
     if conv_states is None:
         conv_states = x.new_zeros(len(cu_seqlens) - 1, x.shape[1], weight.shape[1] - 1)
     update = CausalConv1dUpdate(x, conv_states, weight, bias, activate, slots, None, cu_seqlens, null_slot, output)
@@ -137,7 +139,13 @@ def _convolve(call: CausalConv1dUpdate, cu_seqlens: Tensor, has_state: Tensor | 
 
 
 def rms_norm_gated(call: RmsNormGated) -> None:
-    call.output.copy_(reference.rms_norm_gated(call.x, call.z, call.weight, call.eps, call.activation))
+    normed = reference.rms_norm_gated(call.x, call.z, call.weight, call.eps, call.activation)
+    call.output.copy_(torch.where(call.x == 0, 0.0, normed))
+
+
+def gates(call: library.Gates) -> None:
+    call.log_alpha.copy_(reference.log_decay(call.A_log, call.a.flatten(1), call.dt_bias))
+    call.beta.copy_(reference.write_strength(call.b.flatten(1), allow_neg_eigval=call.allow_neg_eigval))
 
 
 def gated_delta_net_step(call: GatedDeltaNetStep) -> None:

@@ -120,14 +120,23 @@ def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arg
     ragged, pooled, x = not update or call.cu_seqlens is not None, call.state_indices is not None, call.x
     rows = "N T" if isinstance(x, Tensor) and x.dim() == 3 else "N"
     where = "causal_conv1d_update" if update else "causal_conv1d"
-    args = Arguments(where, TOKENS="L" if ragged else rows, ROWS="P" if pooled else "N")
+    head_k = 0 if update else call.head_k
+    Arguments(where).whole("head_k", head_k, least=0)
+    inputs, tokens = "L H C" if head_k else "L D", "L" if ragged else rows
+    args = Arguments(where, INPUTS=inputs, TOKENS=tokens, ROWS="P" if pooled else "N")
     named: dict[str, Tensor | None] = {"state_indices": call.state_indices}
     if update:
         args.needed("conv_states", call.conv_states is not None, "an update reads and writes it")
     else:
         named["has_initial_state"] = call.has_initial_state
     # x and cu_seqlens say how many rows there are.
-    _tensors(args, call, sorted(library.TENSORS[type(call)], key=lambda tensor: tensor[0] not in ("x", "cu_seqlens")))
+    tensors = sorted(library.TENSORS[type(call)], key=lambda tensor: tensor[0] not in ("x", "cu_seqlens"))
+    _tensors(args, call, tensors[:1])
+    if head_k:
+        args.bind("D", x.shape[1] * x.shape[2], "x")
+        if x.shape[2] <= 2 * head_k:
+            raise OptionError(where, "head_k", head_k, f"below half of the {x.shape[2]} channels of a group of x")
+    _tensors(args, call, tensors[1:])
     width = _width(args, "weight")
     columns = width - 1 if call.conv_states is None else call.conv_states.shape[-1]
     if columns < width - 1:

@@ -25,8 +25,25 @@ def bind(case: Case, x: Inputs) -> Bound:
         return prefill(gd.chunk_gated_delta_rule, case, x)
     if case.operation in ("decode", "verify"):
         return recurrent(operator_of(gd, case), case, x)
+    if case.operation == "step":
+        return _step(x, "auto")
+    if case.form.endswith(" core"):
+        call = partial(x["layer"]._plain_rows, x["projected"], x["batch"], x["layer_state"], x["output"])
+        return Bound(call, lambda: {"output": x["output"]})
     call, state = _around(case, x)
     return returning(lambda: (call(),), lambda y: {"output": y, **state})
+
+
+def separate(case: Case, x: Inputs) -> Bound | None:
+    """A layer's step by three operators and the copies between them."""
+    return _step(x, "separate") if case.operation == "step" else None
+
+
+def _step(x: Inputs, backend: str) -> Bound:
+    names = (*"qkvzba", "conv_states", "conv_weight", "state", "A_log", "dt_bias", "norm_weight", "tickets", "output")
+    given = {name: x[name] for name in names} | {"state_indices": x["slots"]}
+    call = partial(gd.gated_delta_net_step, **given, eps=1e-6, backend=backend)
+    return Bound(call, lambda: {"output": x["output"], "state": x["state"], "window": x["conv_states"]})
 
 
 def prefill(operator: Callable[..., Any], case: Case, x: Inputs) -> Bound:

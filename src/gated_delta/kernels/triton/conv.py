@@ -26,6 +26,18 @@ _PROGRAMS = 2048
 
 
 @triton.jit
+def _place(channel, group, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+    """Where the input of a channel is. With H, groups of C channels stand ``group`` apart: K of q, K of k, and v."""
+    place = channel.to(tl.int64)
+    if H > 0:
+        value = channel - 2 * H * K
+        of_key = (channel // K % H).to(tl.int64) * group + channel // (H * K) * K + channel % K
+        of_value = (value // (C - 2 * K)).to(tl.int64) * group + 2 * K + value % (C - 2 * K)
+        place = tl.where(channel < 2 * H * K, of_key, of_value)
+    return place
+
+
+@triton.jit
 def _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W: tl.constexpr, BD: tl.constexpr, FLAT: tl.constexpr):
     """Bias and the W taps of a block of channels, in fp32.
 
@@ -59,8 +71,9 @@ def _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W: tl.constexpr, BD
 
 @triton.jit(do_not_specialize=["null_slot", "N", "L", "search", "span"])
 def _prefill_kernel(
-    x, x_row, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots, slots_stride,
-    has, has_stride, output, null_slot, N, L, D, search, span,
+    x, x_row, group, weight, w_channel, w_tap, bias, states, s_slot, s_channel, s_column, cu, cu_stride, slots,
+    slots_stride, has, has_stride, output, null_slot, N, L, D, search, span,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     W: tl.constexpr, BD: tl.constexpr, FLAT: tl.constexpr, ACTIVATE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A program a sequence, for what needs its old state: its first W - 1 outputs and its new state, which is in the
@@ -89,12 +102,13 @@ def _prefill_kernel(
             else:
                 for _ in tl.static_range(W - 1):
                     inputs += (tl.zeros([BD], tl.float32),)
-            x_at = x + start * x_row + channel
+            place = _place(channel, group, H, K, C)
+            x_at = x + start * x_row + place
             for j in tl.static_range(W - 1):
                 inputs += (tl.load(x_at + j * x_row, mask=inside & (j < count), other=0.0).to(tl.float32),)
             kept = ()
             if states is not None:
-                x_end = x + (start + count) * x_row + channel
+                x_end = x + (start + count) * x_row + place
                 for j in tl.static_range(W - 1):  # column j is input count + j, history included
                     fresh = inside & (count + j >= W - 1)
                     new = tl.load(x_end + (j + 1 - W) * x_row, mask=fresh, other=0.0).to(tl.float32)
@@ -114,14 +128,14 @@ def _prefill_kernel(
         channel = block * BD + tl.arange(0, BD)
         inside = channel < D
         end = tl.minimum(first + span, L)
-        x_at = x + first.to(tl.int64) * x_row + channel
+        x_at = x + first.to(tl.int64) * x_row + _place(channel, group, H, K, C)
         o_at = output + first.to(tl.int64) * D + channel
         past = ()
         for j in tl.static_range(1 - W, 0):
             past += (tl.load(x_at + j * x_row, mask=inside & (first > 0), other=0.0).to(tl.float32),)
-        group = ()
+        now = ()
         for j in tl.static_range(_GROUP):
-            group += (tl.load(x_at + j * x_row, mask=inside & (first + j < end), other=0.0),)
+            now += (tl.load(x_at + j * x_row, mask=inside & (first + j < end), other=0.0),)
         offset, taps = _bias_and_taps(weight, w_channel, w_tap, bias, block, D, W, BD, FLAT)
         # Bit masks of the tokens to compute here, and of those whose output is zero; the first W - 1 tokens of a
         # sequence are in neither.
@@ -147,13 +161,13 @@ def _prefill_kernel(
                     ahead += (tl.load(x_at + j * x_row, mask=inside & (first + i + _GROUP + j < end), other=0.0),)
                 inputs = past
                 for j in tl.static_range(_GROUP):
-                    inputs += (group[j].to(tl.float32),)
+                    inputs += (now[j].to(tl.float32),)
                 for j in tl.static_range(_GROUP):
                     y = convolved(inputs, j, offset, taps, W, ACTIVATE).to(output.dtype.element_ty)
                     tl.store(o_at + j * D, y, mask=inside & (((own >> (i + j)) & 1) != 0))
                 o_at += _GROUP * D
                 past = inputs[_GROUP:]
-                group = ahead
+                now = ahead
         if silent != 0:
             nothing = tl.zeros([BD], output.dtype.element_ty)
             for i in range(span):
@@ -229,8 +243,10 @@ def _constants(weight: Tensor, activate: bool, channels: int) -> dict[str, Any]:
 
 
 def causal_conv1d(call: CausalConv1d) -> None:
-    x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activate, null_slot, output = call
-    rows, (tokens, channels) = len(cu_seqlens) - 1, x.shape
+    x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activate, null_slot, head_k, output = (
+        call
+    )
+    rows, (tokens, channels) = len(cu_seqlens) - 1, output.shape
     if rows == 0:  # nothing but padding; the kernel looks for rows
         output.zero_()
         return
@@ -243,12 +259,13 @@ def causal_conv1d(call: CausalConv1d) -> None:
         _prefill_kernel,
         ((rows + triton.cdiv(tokens, span)) * blocks,),
         (
-            x, x.stride(0), weight, *weight.stride(), bias, conv_states, *strides(conv_states, 0, 1, 2), cu_seqlens,
+            x, *(x.stride()[:2] if head_k else (x.stride(0), 0)), weight, *weight.stride(), bias, conv_states,
+            *strides(conv_states, 0, 1, 2), cu_seqlens,
             cu_seqlens.stride(0), state_indices, *strides(state_indices, 0), has_initial_state,
             *strides(has_initial_state, 0), output, null_slot, rows, tokens, channels,
             triton.next_power_of_2(rows) // 2, span,
         ),
-        {**constants, "SIZE": _MASK},
+        {"H": x.shape[1] if head_k else 0, "K": head_k, "C": x.shape[-1], **constants, "SIZE": _MASK},
         warps=1,
     )  # fmt: skip
 

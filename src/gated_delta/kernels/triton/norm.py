@@ -31,7 +31,7 @@ def _norm_kernel(
     gate = sigmoid(z_row)
     if SILU:
         gate *= z_row
-    y = x_row * inverse[:, None] * scale * gate
+    y = tl.where(x_row == 0.0, 0.0, x_row * inverse[:, None] * scale * gate)
     tl.store(output + row.to(tl.int64)[:, None] * V + column, y.to(output.dtype.element_ty), mask=mask)
 
 

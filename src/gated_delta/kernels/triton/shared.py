@@ -50,8 +50,8 @@ def convolved(inputs, at: tl.constexpr, offset, taps, W: tl.constexpr, ACTIVATE:
 
 
 @triton.jit
-def gates(a, b, A_log, dt_bias, NEG_EIGVAL: tl.constexpr):
-    """The gates alpha and beta from raw gates, in fp32 (docs/contract.md section 1)."""
+def log_gates(a, b, A_log, dt_bias, NEG_EIGVAL: tl.constexpr):
+    """The logarithm of alpha, and beta, from raw gates, in fp32 (docs/contract.md section 1)."""
     x = a.to(tl.float32) + dt_bias.to(tl.float32)
     y = tl.exp(-tl.abs(x))
     one_y = 1.0 + y  # log1p(y): the quotient makes up for what 1 + y rounds away
@@ -59,7 +59,14 @@ def gates(a, b, A_log, dt_bias, NEG_EIGVAL: tl.constexpr):
     beta = sigmoid(b.to(tl.float32))
     if NEG_EIGVAL:
         beta = 2.0 * beta
-    return tl.exp(-tl.exp(A_log) * softplus), beta
+    return -tl.exp(A_log) * softplus, beta
+
+
+@triton.jit
+def gates(a, b, A_log, dt_bias, NEG_EIGVAL: tl.constexpr):
+    """The gates alpha and beta."""
+    log_alpha, beta = log_gates(a, b, A_log, dt_bias, NEG_EIGVAL)  # pyright: ignore[reportGeneralTypeIssues]
+    return tl.exp(log_alpha), beta
 
 
 @triton.jit

@@ -1,0 +1,339 @@
+"""``serve-sim``: a trace of requests through a stack of layers, batched continuously as engines do.
+
+A step has as many tokens as its budget allows: a token, with drafts, of every sequence that decodes, then pieces of
+prompts in the order in which they came. Time is counted in steps, and what a token's input is and which drafts are
+right is known ahead: so the steps are the same on every machine and with anybody's kernels.
+"""
+
+import csv
+import math
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import profile, record_function
+
+from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
+from gated_delta.bench import peers
+from gated_delta.bench.cases import STATES, Case, Heads
+from gated_delta.config import GatedDeltaNetConfig
+from gated_delta.conv import causal_conv1d_update
+from gated_delta.errors import OptionError
+from gated_delta.layer import GatedDeltaNetAttention, Projected
+from gated_delta.norm import rms_norm_gated
+from gated_delta.reference import l2norm
+from gated_delta.state import LayerState, StatePool
+
+MODELS = {
+    "qwen3-next-80b-a3b": (Heads(16, 32), 2048, "interleaved", 36),
+    "qwen3.5-4b": (Heads(16, 32), 2560, "merged", 24),
+    "qwen3.5-397b-a17b": (Heads(16, 64), 4096, "merged", 45),
+    "tiny": (Heads(1, 2, 32, 32), 32, "interleaved", 2),
+}
+"""Heads, hidden size, projections and GDN layers by the published configs; "tiny" is no model."""
+PROFILED, EMBEDDINGS, SIGMA = 16, 4096, 0.7
+"""Every so-manieth step is profiled for its parts, not timed; inputs there are; of log-normal lengths."""
+PARTS = {
+    "aten::linear": "projections", "gated_delta::causal_conv1d": "convolution", "gated_delta::gates": "gates",
+    "gated_delta::causal_conv1d_update": "convolution", "gated_delta::prefill": "rule", "rule": "rule",
+    "gated_delta::gated_delta_net_step": "fused step", "gated_delta::rms_norm_gated": "norm",
+    "translation": "translation", "step": "other",
+}  # fmt: skip
+"""The part of a step that an operator, or a range that we mark, is. The fused step is convolution, rule and norm."""
+
+
+class Request(NamedTuple):
+    """Comes before step ``arrival`` with ``prompt`` tokens, and goes with its ``output``-th new one."""
+
+    arrival: float
+    prompt: int
+    output: int
+
+
+def random_trace(count: int, rate: float, prompt: int, output: int, seed: int) -> list[Request]:
+    """Poisson arrivals, ``rate`` a step; log-normal lengths with these medians."""
+    choice, now, found = random.Random(seed), 0.0, []
+    for _ in range(count):
+        now += choice.expovariate(rate)
+        lengths = (max(1, round(choice.lognormvariate(math.log(median), SIGMA))) for median in (prompt, output))
+        found.append(Request(now, *lengths))
+    return found
+
+
+def read_trace(path: Path) -> list[Request]:
+    """Of a CSV with the columns arrival, prompt, output.
+
+    Raises:
+        OptionError: no such file, or a value that is none; its row and column are named.
+    """
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    except (OSError, ValueError) as error:
+        raise OptionError("serve-sim", "--trace", f"{path} ({error})", "a CSV file") from error
+    found = []
+    for number, row in enumerate(rows, 1):
+        values = []
+        for name, kind, least in (("arrival", float, 0), ("prompt", int, 1), ("output", int, 1)):
+            try:
+                values.append(kind(row.get(name) or ""))
+            except ValueError:
+                values.append(math.nan)
+            if not least <= values[-1] < math.inf:
+                must = f"a {'whole ' if kind is int else ''}number of at least {least}"
+                raise OptionError("serve-sim", f"{path.name}, row {number}, column {name}", repr(row.get(name)), must)
+        found.append(Request(*values))
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of an engine: ``budget`` tokens a step for up to ``batch`` sequences, of which those that decode verify
+    ``drafts`` tokens, each right with probability ``acceptance`` if the one before is.
+
+    Raises:
+        OptionError: the budget has no room for all of these.
+    """
+
+    budget: int = 2048
+    batch: int = 64
+    drafts: int = 0
+    acceptance: float = 0.7
+    state: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.budget < (least := self.batch * (self.drafts + 1)):
+            must = f"at least {least}, a token and its drafts of each of {self.batch} sequences"
+            raise OptionError("serve-sim", "budget", self.budget, must)
+
+
+@dataclass(eq=False)
+class Running:
+    """A request with slots. Its tokens are prompt and output in a row, the last of which is no input."""
+
+    number: int
+    request: Request
+    slots: list[int]
+    choice: random.Random
+    done: int = 0
+    accepted: int = 1
+
+    @property
+    def left(self) -> int:
+        return self.request.prompt + self.request.output - 1 - self.done
+
+    @property
+    def decodes(self) -> bool:
+        return self.done >= self.request.prompt
+
+
+class Move(NamedTuple):
+    """``tokens`` of a request in a step: ``kept`` of its own, then drafts that are wrong."""
+
+    running: Running
+    tokens: int
+    kept: int
+
+
+@dataclass
+class Swap:
+    """Whose kernels serve the rule, how often who did, and the lengths of a step's prefills."""
+
+    name: str
+    served: Counter[str] = field(default_factory=Counter)
+    lengths: Sequence[int] = ()
+
+
+class Swapped(GatedDeltaNetAttention):
+    """A layer whose rule is a peer's, in prefills and in decodes that do not speculate; all else is ours. What the peer
+    takes otherwise (normalised q and k, a state a row) is made for it, and counts as "translation".
+    """
+
+    swap = Swap(peers.OURS)
+
+    def _served(self, operation: str, x: dict[str, Any], pool: Tensor, slots: Tensor, **case: Any) -> Tensor:
+        c = self.config
+        heads = Heads(c.num_k_heads, c.num_v_heads, c.head_k_dim, c.head_v_dim)
+        bound = peers.bind(self.swap.name, known := Case("serve-sim", operation, heads, **case), x)
+        self.swap.served[f"{operation} by {self.swap.name if bound else peers.OURS}"] += 1
+        bound = bound or peers.bind(peers.OURS, known, x)
+        assert bound is not None
+        with record_function("rule"):
+            bound.call()
+        found = bound.results()
+        with record_function("translation"):
+            pool[slots] = found["state"].to(pool.dtype)
+        return found["output"]
+
+    def _rule(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, pool: Tensor, **rows: Any) -> Tensor:
+        slots = rows["state_indices"]
+        with record_function("translation"):
+            state = torch.where(rows["has_initial_state"][:, None, None, None], pool[slots].float(), 0.0)
+            q, k = (l2norm(y.float()).to(y.dtype) for y in (q, k))
+            x = {"q": q, "k": k, "v": v.contiguous(), "log_alpha": g, "alpha": g.exp(), "beta": beta}
+            x |= {"initial_state": state, "output_state": torch.empty_like(state), "cu_seqlens": rows["cu_seqlens"]}
+            x["output"] = torch.empty_like(x["v"])
+        return self._served("prefill", x, pool, slots, sequences="+".join(map(str, self.swap.lengths)))
+
+    def _step(self, p: Projected, state: LayerState, output: Tensor, **rows: Any) -> None:
+        speculative, ours = "cu_seqlens" in rows, f"decode by {peers.OURS}"
+        if speculative or self.swap.served[ours]:  # then the peer has none
+            self.swap.served.update([] if speculative else [ours])
+            super()._step(p, state, output, **rows)
+            return
+        c, slots, pool, heads = self.config, rows["state_indices"], state.recurrent, p.heads
+        mixed = causal_conv1d_update(p.qkv, state.conv, self.conv1d.weight[:, 0], state_indices=slots)
+        with record_function("translation"):
+            tokens = (*self.split_heads(mixed), heads.a.flatten(1), heads.b.flatten(1))
+            x = {name: y.contiguous()[:, None] for name, y in zip("qkvab", tokens, strict=True)}
+            x |= {"A_log": self.A_log, "dt_bias": self.dt_bias.float(), "output": torch.empty_like(x["v"])}
+            form, stored = ("pool", "bf16") if pool.dtype == torch.bfloat16 else ("V-major", "fp32")
+            x["slots"] = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
+            x["state"] = pool[slots].to(STATES[stored])
+        core = self._served("decode", x, pool, slots, form=form, batch=len(slots), state=stored).view_as(heads.z)
+        output = output.view_as(heads.z)
+        rms_norm_gated(core, heads.z, self.norm.weight, c.norm_eps, c.output_gate, output=output)
+
+
+def stack(model: str, layers: int | None, device: str, swap: Swap | None = None) -> list[GatedDeltaNetAttention]:
+    """Layers of a model's shape with random weights: bf16 on a GPU, fp32 on a CPU."""
+    (h, hv, k, v), hidden, projection, count = MODELS[model]
+    config = GatedDeltaNetConfig(
+        hidden_size=hidden, num_k_heads=h, num_v_heads=hv, head_k_dim=k, head_v_dim=v, projection=projection
+    )
+    torch.manual_seed(0)
+    made = [(Swapped if swap else GatedDeltaNetAttention)(config) for _ in range(layers or count)]
+    for layer in made:
+        layer.to(device, torch.float32 if device == "cpu" else torch.bfloat16).requires_grad_(False)
+        vars(layer).update(swap=swap)
+    return made
+
+
+class Simulation:
+    """An engine with ``layers`` and a pool that is never cleared; ``observe`` gets every step and what came out."""
+
+    def __init__(
+        self, layers: Sequence[GatedDeltaNetAttention], trace: Sequence[Request], settings: Settings,
+        observe: Callable[[list[Move], Tensor], None] = lambda moves, output: None,
+    ) -> None:  # fmt: skip
+        self.layers, self.settings, self.observe = layers, settings, observe
+        self.waiting, self.running, self.now = deque(enumerate(trace)), list[Running](), 0.0
+        self.seconds, self.tokens, self.us, self.profiled = list[float](), 0, Counter[str](), 0
+        config, like, slots = layers[0].config, layers[0].dt_bias, settings.batch * (settings.drafts + 1)
+        self.pool = StatePool(
+            config, layers=len(layers), slots=slots, num_spec=settings.drafts, conv_dtype=like.dtype,
+            state_dtype=STATES[settings.state], device=like.device,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(settings.seed)
+        self.embeddings = torch.randn(EMBEDDINGS, config.hidden_size, generator=generator).to(like)
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """Serve all requests. Tokens are those of timed steps, without rejected drafts; parts are us of a step."""
+        while self.waiting or self.running:
+            self.now = self.now if self.running else max(self.now, self.waiting[0][1].arrival)
+            moves = self._moves()
+            if (len(self.seconds) + self.profiled + 1) % PROFILED == 0:
+                with profile() as profiler, record_function("step"):
+                    output = self._forward(moves)
+                self.profiled += 1
+                self.us.update(parts(profiler))
+            else:
+                started = time.perf_counter()
+                output = self._forward(moves)
+                self.seconds.append(time.perf_counter() - started)
+                self.tokens += sum(move.kept for move in moves)
+            self.observe(moves, output)
+            for running, _, kept in moves:
+                running.accepted = kept if running.decodes and self.settings.drafts else 1
+                running.done += kept
+                if not running.left:
+                    self.running.remove(running)
+                    self.pool.free(running.slots)
+            self.now += 1
+        p50, p99 = (torch.tensor(self.seconds) * 1e3).quantile(torch.tensor([0.5, 0.99])).tolist()
+        found = {"steps": len(self.seconds) + self.profiled, "tokens/s": self.tokens / sum(self.seconds)}
+        found |= {"p50 ms": p50, "p99 ms": p99}
+        return found | {f"{name} us": us / self.profiled for name, us in self.us.items()}
+
+    def _moves(self) -> list[Move]:
+        """Who takes part in the next step, decodes first."""
+        s, found = self.settings, []
+        while self.waiting and self.waiting[0][1].arrival <= self.now and len(self.running) < s.batch:
+            number, request = self.waiting.popleft()
+            choice = random.Random(f"{s.seed} {number}")
+            self.running.append(Running(number, request, self.pool.allocate(s.drafts + 1), choice))
+        room = s.budget
+        for running in sorted(self.running, key=lambda running: not running.decodes):
+            tokens = kept = min(room, running.request.prompt - running.done)
+            if running.decodes:
+                tokens, kept = min(s.drafts + 1, running.left), 1
+                while kept < tokens and running.choice.random() < s.acceptance:
+                    kept += 1
+            found += [Move(running, tokens, kept)] if tokens else []
+            room -= tokens
+        return sorted(found, key=lambda move: move.tokens > 1 or move.running.done == 0)
+
+    def _forward(self, moves: list[Move]) -> Tensor:
+        rows, ids, drafts = list[Row | SpecRow](), [], self.settings.drafts
+        for running, tokens, kept in moves:
+            row = Row(tokens, running.slots[0], fresh=running.done == 0)
+            rows.append(SpecRow(tokens, running.slots, running.accepted) if drafts and running.decodes else row)
+            place = torch.arange(tokens)  # wrong drafts are other inputs than those that come instead
+            ids.append(7919 * running.number + running.done + place + (place >= kept) * (EMBEDDINGS // 2))
+        device = self.embeddings.device
+        batch = GatedDeltaNetBatch.build(rows, num_spec=drafts, device=device)
+        hidden = self.embeddings[torch.cat(ids).to(device) % EMBEDDINGS]
+        if isinstance(first := self.layers[0], Swapped):
+            first.swap.lengths = [row.tokens for row in rows if isinstance(row, Row)][batch.num_decodes :]
+        for index, layer in enumerate(self.layers):
+            normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:])
+            hidden = hidden + layer(normed, batch, self.pool.layer(index))
+        if hidden.is_cuda:
+            torch.cuda.synchronize()
+        return hidden
+
+
+def serve(
+    name: str, model: str, layers: int | None, trace: Sequence[Request], settings: Settings, device: str,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:  # fmt: skip
+    """A trace with the rule by ``name``, twice: the first time compiles and tunes what the second one times."""
+    swap, found = None if name == peers.OURS else Swap(name), dict[str, Any]()
+    own = stack(model, layers, device, swap)
+    try:
+        for served in (Counter[str](), Counter[str]()):
+            if swap is not None:
+                swap.served = served
+            simulation = Simulation(
+                own, trace, settings, lambda moves, _: advance(sum(move.running.left == move.kept for move in moves))
+            )
+            found = simulation.run()
+    except Exception as error:  # of a peer it costs its figures
+        if swap is None:
+            raise
+        found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    calls = ", ".join(f"{count} {what}" for what, count in swap.served.items()) if swap else ""
+    told = {"rule by": name, "calls": calls, "version": peers.version_of(name), "model": model, "layers": len(own)}
+    return {**told, "requests": len(trace), **found}
+
+
+def parts(profiler: profile) -> Counter[str]:
+    """Microseconds on the device by part; what is inside of another part counts there."""
+    found: Counter[str] = Counter()
+    time_of = "device_time_total" if torch.cuda.is_available() else "cpu_time_total"
+    for event in profiler.events() or ():
+        if event.name in PARTS and "CPU" in str(event.device_type):  # a GPU shows our ranges once more
+            us, above = getattr(event, time_of), event.cpu_parent
+            while above is not None and above.name not in PARTS:
+                above = above.cpu_parent
+            if above is None or above.name == "step":
+                found[PARTS[event.name]] += us
+                found["other"] -= us if event.name != "step" else 0
+    return found

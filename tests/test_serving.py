@@ -1,0 +1,211 @@
+"""serve-sim: traces, what a step holds, what comes out for a request, whose kernels served, and the command."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gated_delta import cli
+from gated_delta.bench import peers, serving
+from gated_delta.bench.serving import Move, Request, Settings, Simulation, Swap
+from gated_delta.errors import OptionError
+from gated_delta.layer import GatedDeltaNetAttention
+from gated_delta.testing.budget import assert_within_budget
+
+TRACE = serving.random_trace(9, 0.4, 30, 8, seed=3)
+SMALL: dict[str, Any] = {"budget": 40, "batch": 5}
+
+
+class Watched(Simulation):
+    """Keeps what came out for every request, and checks what no step may exceed."""
+
+    def __init__(self, trace: list[Request], swap: Swap | None = None, **settings: Any) -> None:
+        layers = serving.stack("tiny", None, "cpu", swap)
+        super().__init__(layers, trace, Settings(**{**SMALL, **settings}), self.watch)
+        self.outputs: dict[int, list[Tensor]] = {}
+        self.steps: list[list[tuple[int, int, int]]] = []
+
+    def watch(self, moves: list[Move], output: Tensor) -> None:
+        assert sum(move.tokens for move in moves) == len(output) <= self.settings.budget
+        assert 0 < len(moves) <= self.settings.batch
+        assert all(move.running.request.arrival <= self.now for move in moves)
+        self.steps.append([(move.running.number, move.tokens, move.kept) for move in moves])
+        for move, own in zip(moves, output.split([move.tokens for move in moves]), strict=True):
+            self.outputs.setdefault(move.running.number, []).append(own[: move.kept])
+
+
+def evaluated(layers: Sequence[GatedDeltaNetAttention], hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sequence through the stack token by token, from nothing."""
+    hidden = hidden.to(dtype)
+    for layer in layers:
+        own = copy.deepcopy(layer).to(dtype)
+        normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:])
+        hidden = hidden + own.evaluate(normed[None], token_by_token=True, dtype=dtype)[0]
+    return hidden
+
+
+def test_a_seed_is_a_trace() -> None:
+    assert serving.random_trace(9, 0.4, 30, 8, seed=3) == TRACE
+    assert serving.random_trace(9, 0.4, 30, 8, seed=4) != TRACE
+    many = serving.random_trace(4000, 20.0, 300, 80, seed=0)
+    assert many == sorted(many)
+    assert many[-1].arrival == pytest.approx(200, rel=0.1)
+    for name, median in (("prompt", 300), ("output", 80)):
+        lengths = sorted(getattr(request, name) for request in many)
+        assert lengths[2000] == pytest.approx(median, rel=0.1)
+        assert lengths[0] >= 1 and lengths[-1] > 4 * median
+
+
+@pytest.mark.parametrize("swap", [None, "token loop"])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_every_request_is_served_as_if_alone(drafts: int, swap: str | None) -> None:
+    """All of its tokens come out, once each and right, whatever else is in the batch and whoever serves the rule."""
+    swapped = None if swap is None else Swap(swap)
+    served = Watched(TRACE, swapped, drafts=drafts)
+    found = served.run()
+    assert not served.running and served.pool.free_slots == served.pool.slots
+    assert found["steps"] == len(served.steps)
+    assert max(map(len, served.steps)) > 3
+    rejected = sum(tokens - kept for step in served.steps for _, tokens, kept in step)
+    assert (rejected > 0) == (drafts > 0)
+    rows: list[list[Tensor]] = [[], [], []]
+    for number, (_, prompt, output) in enumerate(TRACE):
+        ids = (7919 * number + torch.arange(prompt + output - 1)) % serving.EMBEDDINGS
+        hidden = served.embeddings[ids]
+        actual = torch.cat(served.outputs[number])
+        assert len(actual) == len(hidden)
+        plain, exact = (evaluated(served.layers, hidden, dtype) for dtype in (torch.float32, torch.float64))
+        for kept, x in zip(rows, (actual, plain, exact), strict=True):
+            kept.append(x)
+    assert_within_budget("outputs", *map(torch.cat, rows))
+    number = 4
+    alone = Watched([TRACE[number]], swapped, drafts=drafts)
+    alone.waiting = deque([(number, TRACE[number])])
+    alone.run()
+    torch.testing.assert_close(
+        torch.cat(alone.outputs[number]), torch.cat(served.outputs[number]), rtol=1e-4, atol=1e-4
+    )
+    if swapped is not None:
+        assert swapped.served["prefill by token loop"] > 0
+        assert (swapped.served["decode by token loop"] > 0) == (drafts == 0)
+        assert not any(peers.OURS in who for who in swapped.served)
+
+
+def test_steps_are_the_same_with_anybodys_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer without a decode leaves it to our fused step from the second call on."""
+    monkeypatch.setattr(peers, "bind", lambda name, case, x, bind=peers.bind: (
+        None if name != peers.OURS and case.operation == "decode" else bind(name, case, x)
+    ))  # fmt: skip
+    swap = Swap("token loop")
+    ours, swapped = Watched(TRACE), Watched(TRACE, swap)
+    ours.run()
+    swapped.run()
+    assert ours.steps == swapped.steps
+    steps = sum(any(tokens == 1 for _, tokens, _ in step) for step in ours.steps)
+    assert swap.served["decode by gated-delta"] == 2 * steps
+    assert "decode by token loop" not in swap.served
+    again = Watched(TRACE, seed=1, drafts=2, acceptance=0.0)
+    again.run()
+    assert all(kept in (1, tokens) for step in again.steps for _, tokens, kept in step)
+    assert len(again.steps) >= len(ours.steps)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_parts_of_a_step(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "PROFILED", 2)
+    served = Watched(TRACE[:4], Swap("token loop"), drafts=drafts)
+    found = served.run()
+    assert served.profiled == len(served.steps) // 2
+    timed = served.steps[::2]
+    assert served.tokens == sum(kept for step in timed for _, _, kept in step)
+    parts = {name.removesuffix(" us"): us for name, us in found.items() if name.endswith(" us")}
+    assert {"projections", "convolution", "gates", "rule", "norm", "translation", "other"} <= set(parts)
+    assert ("fused step" in parts) == (drafts > 0)
+    assert all(us > 0 for us in parts.values())
+    assert 0 < found["p50 ms"] <= found["p99 ms"]
+
+
+def test_late_requests_are_waited_for() -> None:
+    served = Watched([Request(0.0, 3, 2), Request(100.0, 3, 2)])
+    served.run()
+    assert [[number for number, _, _ in step] for step in served.steps] == [[0], [0], [1], [1]]
+
+
+def test_a_trace_from_a_file(tmp_path: Path) -> None:
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Request._fields)
+        writer.writerows(TRACE[::-1])
+    assert serving.read_trace(tmp_path / "x.csv") == TRACE
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arrival,prompt,output\n0,1,1\n1,x,1\n", "a.csv, row 2, column prompt is 'x'; it must be a whole number of"),
+        ("arrival,prompt,output\n0,1,0\n", "row 1, column output is '0'; it must be a whole number of at least 1"),
+        ("arrival,prompt\n0,1\n", "row 1, column output is None; it must be a whole"),
+        ("arrival,prompt,output\nnan,1,1\n", "row 1, column arrival is 'nan'; it must be a number of at least 0"),
+        ("arrival,prompt,output\n-1,1,1\n", "row 1, column arrival is '-1'"),
+        (None, "it must be a CSV file"),
+    ],
+)  # fmt: skip
+def test_a_broken_trace_is_one_error(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(OptionError) as found:
+        serving.read_trace(tmp_path / "a.csv")
+    assert message in str(found.value)
+
+
+def test_a_budget_without_room() -> None:
+    with pytest.raises(OptionError, match="budget is 14; it must be at least 15, a token and its drafts of each of 5"):
+        Settings(**{**SMALL, "budget": 14, "drafts": 2})
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gated-delta", "bench", "serve-sim", "tiny", "--device", "cpu", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A peer that raises costs its own line."""
+    monkeypatch.setattr(
+        peers, "choose", lambda words, device: ([peers.OURS, "fla", "transformers"], {"flashqla": "absent"})
+    )
+
+    def bind(name: str, case: Any, x: Any, real: Any = peers.bind) -> Any:
+        if name == "fla":
+            raise RuntimeError("on purpose")
+        return real(peers.TOKEN_LOOP if name == "transformers" else name, case, x)
+
+    monkeypatch.setattr(peers, "bind", bind)
+    (tmp_path / "trace.csv").write_text("arrival,prompt,output\n0,20,20\n1.5,5,4\n")
+    assert (
+        command(monkeypatch, "--trace", str(tmp_path / "trace.csv"), "--layers", "1", "--out", str(tmp_path / "o")) == 0
+    )
+    assert "on purpose" in capsys.readouterr().out
+    with (tmp_path / "o" / "serve-sim.csv").open() as file:
+        ours, broken, swapped = csv.DictReader(file)
+    assert (ours["rule by"], ours["requests"], ours["layers"]) == ("gated-delta", "2", "1")
+    assert ours["steps"] == swapped["steps"] == "20"
+    assert float(ours["tokens/s"]) > 0 and ours["failed"] == ours["calls"] == ""
+    assert broken["failed"] == "RuntimeError: on purpose"
+    assert "decode by transformers" in swapped["calls"]
+
+
+def test_a_command_that_cannot_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in ((("--budget", "3"), "budget is 3"), (("--state", "fp8"), "--state is 'fp8'")):
+        assert command(monkeypatch, *words) == 2
+        assert message in capsys.readouterr().err

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import gated_delta as gd
-from gated_delta import cli
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.errors import BackendError, DataError, DtypeError, LayoutError, OptionError, ShapeError
@@ -240,14 +239,3 @@ def test_explain_knows_what_is_not_served(facts: dict[str, Any], reason: str) ->
     found = gd.explain("gated_delta_rule_mtp", **facts)
     others = {"gluon": PREFILL_ONLY, "separate": ONE_OPERATOR}
     assert (found.chosen, found.reasons) == (None, {"cpu": reason, "triton": reason, **others})
-
-
-def test_a_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "locked").write_text("x")
-
-    def refuse(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(OptionError, match=r"locked \(Permission denied\); it must be a file that can be read"):
-        cli.score_command(tmp_path / "locked", "cpu")

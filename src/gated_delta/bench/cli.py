@@ -1,20 +1,17 @@
 """``gated-delta bench``: run, plot, compare."""
 
-import csv
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from rich.table import Table
 from typer.core import TyperGroup
 
-from gated_delta.bench import cases, machine, peers, plots, records, report, serving
+from gated_delta.bench import cases, machine, peers, plots, records, report
 from gated_delta.bench.run import Bench
 from gated_delta.errors import OptionError
 
@@ -111,7 +108,7 @@ def run_command(
     )  # fmt: skip
     contenders, absent = peers.choose(parsed(peers_, "--peers", str), place)
     if out is not None:
-        _make_folder(out)
+        make_folder(out)
     if place == "cpu":
         console.print("On the CPU: smaller cases than on a GPU unless named, and times that show the order only.")
     absentees = [records.Row(records.ABSENT, name, name, "absent", note=why) for name, why in absent.items()]
@@ -131,28 +128,18 @@ def run_command(
             _say(f"no pictures: {error}; gated-delta bench plot draws them later")
 
 
-def _make_folder(out: Path) -> None:
+def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError("bench", "--out", f"{out} ({error.strerror})", "a folder, or a name for a new one") from error
 
 
-@contextmanager
-def progress(words: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar, and a function that moves it on, by 1 or more."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(words, total=total)
-        yield lambda steps=1: bar.advance(task, steps)
-
-
 def shown(steps: Iterable[T], words: str, total: int) -> Iterator[T]:
     """Go through so many steps with a bar."""
-    with progress(words, total) as advance:
-        for step in steps:
-            yield step
-            advance()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        yield from bar.track(steps, total, description=words)
 
 
 def _say(line: str) -> None:
@@ -164,53 +151,6 @@ def _draw(rows: Sequence[records.Row], out: Path) -> None:
         _say(f"written: {file}")
 
 
-@app.command("serve-sim")
-def serve_command(
-    model: Annotated[str, typer.Argument(help=f"Of {', '.join(serving.MODELS)}.")] = "qwen3-next-80b-a3b",
-    trace: Annotated[Path | None, typer.Option(help="CSV of arrival (in steps), prompt, output; else random:")] = None,
-    requests: Annotated[int, typer.Option(min=1)] = 64,
-    rate: Annotated[float, typer.Option(min=1e-6, help="Arrivals a step.")] = 0.25,
-    prompt: Annotated[int, typer.Option(min=1, help="Median of the prompts' lengths.")] = 1024,
-    output: Annotated[int, typer.Option(min=1, help="Median of the outputs' lengths.")] = 128,
-    budget: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 64,
-    drafts: Annotated[int, typer.Option(min=0, help="Drafted tokens that a decode verifies.")] = 0,
-    acceptance: Annotated[float, typer.Option(min=0, max=1, help="How likely a draft is right.")] = 0.7,
-    layers: Annotated[int | None, typer.Option(min=1, help="If not as many as the model has.")] = None,
-    state: Annotated[str, typer.Option(help="States: fp32, bf16 or fp16.")] = "fp32",
-    seed: Annotated[int, typer.Option()] = 0,
-    peers_: Annotated[str, typer.Option("--peers", help="Whose rule to swap in: as for run.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for serve-sim.csv.")] = None,
-    device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
-) -> None:
-    """Serve a trace of requests by a stack of layers, with our kernels and with peers' swapped in."""
-    from gated_delta.cli import pick_device  # noqa: PLC0415 - it mounts this module
-
-    place = pick_device(device)
-    parsed(model, "MODEL", among(serving.MODELS))
-    parsed(state, "--state", among(cases.STATES))
-    asked = serving.random_trace(requests, rate, prompt, output, seed) if trace is None else serving.read_trace(trace)
-    settings = serving.Settings(budget, batch, drafts, acceptance, state, seed)
-    contenders, _ = peers.choose(parsed(peers_, "--peers", str), place)
-    rows, facts = list[dict[str, str]](), machine.facts(place)
-    for name in contenders:
-        if name not in (peers.TOKEN_LOOP, peers.SEPARATE):
-            with progress(name, 2 * len(asked)) as advance:
-                found = serving.serve(name, model, layers, asked, settings, place, advance) | facts
-            rows.append({key: f"{x:.6g}" if isinstance(x, float) else str(x) for key, x in found.items()})
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table("", *(row["rule by"] for row in rows), title="serve-sim")
-    for key in columns[1:]:
-        table.add_row(key, *(row.get(key, "") for row in rows))
-    console.print(table)
-    if out is not None:
-        _make_folder(out)
-        with (out / "serve-sim.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
 @app.command("plot")
 def plot_command(
     files: Annotated[list[Path], existing_file("CSV...", "What runs have left.")],
@@ -218,7 +158,7 @@ def plot_command(
 ) -> None:
     """Draw the pictures of one or several CSV files again."""
     rows, folder = [row for file in files for row in records.read(file)], out or files[0].parent
-    _make_folder(folder)
+    make_folder(folder)
     _draw(rows, folder)
 
 

@@ -1,30 +1,39 @@
-"""``serve-sim``: a trace of requests through a stack of layers, batched continuously as engines do.
+"""A trace of requests through a stack of layers, batched continuously as engines do: docs/bench.md.
+
+    python scripts/serve_sim.py qwen3-next-80b-a3b --requests 64 --rate 0.25
 
 A step has as many tokens as its budget allows: a token, with drafts, of every sequence that decodes, then pieces of
 prompts in the order in which they came. Time is counted in steps, and what a token's input is and which drafts are
 right is known ahead: so the steps are the same on every machine and with anybody's kernels.
 """
 
+from __future__ import annotations
+
 import csv
 import math
 import random
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
+from rich.table import Table
 from torch import Tensor
 from torch.profiler import profile, record_function
 
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
-from gated_delta.bench import peers
+from gated_delta.bench import machine, peers
 from gated_delta.bench.cases import STATES, Case, Heads
+from gated_delta.bench.cli import among, console, make_folder, parsed, shown
+from gated_delta.cli import pick_device
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d_update
-from gated_delta.errors import OptionError
+from gated_delta.errors import GatedDeltaError, OptionError
 from gated_delta.layer import GatedDeltaNetAttention, Projected
 from gated_delta.norm import rms_norm_gated
 from gated_delta.reference import l2norm
@@ -301,9 +310,8 @@ class Simulation:
 
 
 def serve(
-    name: str, model: str, layers: int | None, trace: Sequence[Request], settings: Settings, device: str,
-    advance: Callable[[int], None],
-) -> dict[str, Any]:  # fmt: skip
+    name: str, model: str, layers: int | None, trace: Sequence[Request], settings: Settings, device: str
+) -> dict[str, Any]:
     """A trace with the rule by ``name``, twice: the first time compiles and tunes what the second one times."""
     swap, found = None if name == peers.OURS else Swap(name), dict[str, Any]()
     own = stack(model, layers, device, swap)
@@ -311,10 +319,7 @@ def serve(
         for served in (Counter[str](), Counter[str]()):
             if swap is not None:
                 swap.served = served
-            simulation = Simulation(
-                own, trace, settings, lambda moves, _: advance(sum(move.running.left == move.kept for move in moves))
-            )
-            found = simulation.run()
+            found = Simulation(own, trace, settings).run()
     except Exception as error:  # of a peer it costs its figures
         if swap is None:
             raise
@@ -337,3 +342,58 @@ def parts(profiler: profile) -> Counter[str]:
                 found[PARTS[event.name]] += us
                 found["other"] -= us if event.name != "step" else 0
     return found
+
+
+def serve_command(
+    model: Annotated[str, typer.Argument(help=f"Of {', '.join(MODELS)}.")] = "qwen3-next-80b-a3b",
+    trace: Annotated[Path | None, typer.Option(help="CSV of arrival (in steps), prompt, output; else random:")] = None,
+    requests: Annotated[int, typer.Option(min=1)] = 64,
+    rate: Annotated[float, typer.Option(min=1e-6, help="Arrivals a step.")] = 0.25,
+    prompt: Annotated[int, typer.Option(min=1, help="Median of the prompts' lengths.")] = 1024,
+    output: Annotated[int, typer.Option(min=1, help="Median of the outputs' lengths.")] = 128,
+    budget: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 64,
+    drafts: Annotated[int, typer.Option(min=0, help="Drafted tokens that a decode verifies.")] = 0,
+    acceptance: Annotated[float, typer.Option(min=0, max=1, help="How likely a draft is right.")] = 0.7,
+    layers: Annotated[int | None, typer.Option(min=1, help="If not as many as the model has.")] = None,
+    state: Annotated[str, typer.Option(help="States: fp32, bf16 or fp16.")] = "fp32",
+    seed: Annotated[int, typer.Option()] = 0,
+    peers_: Annotated[str, typer.Option("--peers", help="Whose rule to swap in: as for gated-delta bench.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for serve-sim.csv.")] = None,
+    device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
+) -> None:
+    """Serve a trace of requests by a stack of layers, with our kernels and with peers' swapped in."""
+    place = pick_device(device)
+    parsed(model, "MODEL", among(MODELS))
+    parsed(state, "--state", among(STATES))
+    asked = random_trace(requests, rate, prompt, output, seed) if trace is None else read_trace(trace)
+    settings = Settings(budget, batch, drafts, acceptance, state, seed)
+    names, _ = peers.choose(parsed(peers_, "--peers", str), place)
+    names = [name for name in names if name not in (peers.TOKEN_LOOP, peers.SEPARATE)]
+    rows, facts = list[dict[str, str]](), machine.facts(place)
+    for name in shown(names, "serving", len(names)):
+        found = serve(name, model, layers, asked, settings, place) | facts
+        rows.append({key: f"{x:.6g}" if isinstance(x, float) else str(x) for key, x in found.items()})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table("", *(row["rule by"] for row in rows), title="serve-sim")
+    for key in columns[1:]:
+        table.add_row(key, *(row.get(key, "") for row in rows))
+    console.print(table)
+    if out is not None:
+        make_folder(out)
+        with (out / "serve-sim.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def main() -> None:
+    """Bad input is one sentence and exit status 1."""
+    try:
+        typer.run(serve_command)
+    except GatedDeltaError as error:
+        sys.exit(f"serve_sim.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -58,13 +58,6 @@ class Launch:
 
     def __call__(self, *pointers: int | None) -> None:
         self.calls.append(pointers)
-
-
-@pytest.fixture(autouse=True)
-def no_plans() -> Iterator[None]:
-    plans._PLANS.clear()
-    yield
-    plans._PLANS.clear()
 
 
 def call_of(**changes: Any) -> RecurrentCall:

@@ -139,5 +139,5 @@ def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = F
         data.recurrent(where, call)
     library.recurrent(*call, backend)
     if not torch.compiler.is_compiling() and q.is_cuda:
-        plans.remember(fields, call.output, library.bound_recurrent(call, backend))
+        plans.remember(fields, call.output, library.bound("recurrent", call, backend))
     return call.output

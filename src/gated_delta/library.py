@@ -181,12 +181,18 @@ def slot_number(null_slot: int | None) -> int:
 
 @cache
 def _implementation(operator: str, backend: str) -> Any:
-    return getattr(import_module(f"gated_delta.kernels.{backend}"), operator)
+    return getattr(import_module(f"gated_delta.kernels.{backend}"), operator, None)
 
 
-def bound_recurrent(call: Recurrent, backend: str) -> Any:
-    """A launch of :data:`recurrent` with these arguments that takes only its tensors' pointers."""
-    return _implementation("bound_recurrent", backend)(call)
+def tensors(call: Any) -> list[Tensor | None]:
+    """Those of a record, in its order."""
+    return [getattr(call, name) for name, *_ in TENSORS[type(call)]]
+
+
+def bound(operator: str, call: Any, backend: str) -> Any:
+    """What ``operator`` does with these arguments, which takes where its tensors are; None where a backend has none."""
+    bind = _implementation(f"bound_{operator}", backend)
+    return None if bind is None else bind(call)
 
 
 def _schema(record: Any) -> str:

@@ -7,7 +7,12 @@ alone. It calls the compiled kernel as ``JITFunction.run`` does (unchanged from 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from copy import copy
+from functools import cache, lru_cache
+from inspect import getclosurevars
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +24,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from gated_delta.errors import BackendError
 
 Start = Callable[..., None]
-"""Runs a bound kernel on the current stream of its device; takes what is not bound, pointers as numbers."""
+"""Runs a bound kernel on the current stream of its device; takes what is not bound: the :func:`address` of a tensor or
+of what a descriptor describes.
+"""
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
@@ -30,21 +37,35 @@ def bind(
     """Compile ``kernel`` for such arguments, or take what was compiled (in this process, or in Triton's disk cache).
 
     Args:
-        args: tensors, numbers and None, in the order of the kernel's parameters; the first is a tensor.
+        args: tensors, descriptors, numbers and None, in the order of the kernel's parameters. A tensor on "meta" stands
+            for memory that begins at a multiple of 16 bytes.
         constants: its ``tl.constexpr`` parameters, which come after ``args``.
         registers: most that a thread may take, so that more programs run side by side.
         bound: how many of ``args``, from the end, keep their values.
     """
+    free = len(args) - bound
+    if isinstance(kernel, InterpretedFunction):
+        numbers = args[free:]
+        return lambda *given: kernel[grid](*given, *numbers, **constants)
     rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-    device = args[0].get_device()
-    key = (kernel.fn, device, warps, stages, registers, rest, *map(_trait, args))
+    device = max(x.get_device() for x in args if isinstance(x, Tensor))
+    key = (
+        kernel.fn,
+        device,
+        warps,
+        stages,
+        registers,
+        rest,
+        *[_number(x) if isinstance(x, int) else _trait(x) for x in args],
+    )
     compiled = _COMPILED.get(key)
     if compiled is None:
         with torch.cuda.device(device), newest_assembler(torch.cuda.get_device_capability()):
             compiled = kernel.warmup(*args, *rest, grid=grid, num_warps=warps, num_stages=stages, maxnreg=registers)
             compiled._init_handles()  # loads it onto this device
         _COMPILED[key] = compiled
-    return _start(compiled, (*grid, 1, 1)[:3], (*args[len(args) - bound :], *rest), device)
+    tiles = {i: at(x, None) for i, x in enumerate(args[:free]) if isinstance(x, TensorDescriptor)}
+    return _start(compiled, (*grid, 1, 1)[:3], tiles, (*args[free:], *rest), device)
 
 
 @contextmanager
@@ -73,44 +94,171 @@ def _version(tool: Any) -> tuple[int, ...]:
     return tuple(map(int, tool.version.split(".")))
 
 
-def _start(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...], device: int) -> Start:
+def _start(
+    compiled: Any, grid: tuple[int, ...], tiles: dict[int, TensorDescriptor], rest: tuple[Any, ...], device: int
+) -> Start:
     run, function, packed, runtime = compiled.run, compiled.function, compiled.packed_metadata, knobs.runtime
     current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+    filled = _Filled(run, tiles) if tiles else None
+    direct = _direct(run if filled is None else filled.bare, (*grid, 0, function, packed, None, None, None))
 
-    def start(*args: object) -> None:
+    def start(*args: Any) -> None:
         if current_device() != device:
             with torch.cuda.device(device):
                 start(*args)
             return
         stream, enter, leave = current_stream(device), runtime.launch_enter_hook, runtime.launch_exit_hook
         if not enter.calls and not leave.calls:  # nobody profiles
-            run(*grid, stream, function, packed, None, None, None, *args, *rest)
+            direct(stream, *(args if filled is None else filled(args)), *rest)
             return
+        args = tuple(at(tiles[i], _Base(x)) if i in tiles else x for i, x in enumerate(args))
         metadata = compiled.launch_metadata(grid, stream, *args, *rest)
         run(*grid, stream, function, packed, metadata, enter, leave, *args, *rest)
 
     return start
 
 
+def _direct(run: Any, first: tuple[Any, ...]) -> Callable[..., None]:
+    """What ``run(*first, *args)`` comes to, which takes the stream (the fourth of ``first``) and ``args``. Triton's
+    launcher asks at every launch what the kernel needs; if that is no scratch memory, the answer is always the same.
+    """
+    if run.global_scratch_size or run.profile_scratch_size:
+        return lambda stream, *args: run(*first[:3], stream, *first[4:], *args)
+    heard: list[tuple[Any, ...]] = []
+    ear = copy(run)
+    ear.launch = lambda *given: heard.append(given)
+    ear(*first, first)
+    (x, y, z, _, *facts, last), launch = heard[0], run.launch
+    if last is first:  # the launcher takes arguments one by one; since Triton 3.7, together
+        return lambda stream, *args: launch(x, y, z, stream, *facts, *args)
+    return lambda stream, *args: launch(x, y, z, stream, *facts, args)
+
+
+class _Base(NamedTuple):
+    """What Triton reads the address of a descriptor from."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class _Filled:
+    """Arguments with what the copy engine is told of each descriptor. Triton fills that in at every launch, among all
+    arguments, which takes five times as long as the launch; here it is kept for addresses that come again.
+    """
+
+    MOST = 32
+    """Sets of addresses."""
+
+    def __init__(self, run: Any, tiles: dict[int, TensorDescriptor]) -> None:
+        self.tiles, self.first, self.end = tiles, min(tiles), max(tiles) + 1
+        self.known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.bare, self.fill, self.facts = _opened(run)
+
+    def __call__(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        key = args[self.first : self.end]
+        return (*args[: self.first], *(self.known.get(key) or self._fill(key)), *args[self.end :])
+
+    def _fill(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(self.known) >= self.MOST:
+            self.known.clear()
+        facts, found = iter(self.facts), []
+        for i, x in enumerate(key, self.first):
+            found += self.fill(at(self.tiles[i], _Base(x)), next(facts)) if i in self.tiles else [x]
+        self.known[key] = tuple(found)
+        return self.known[key]
+
+
+@cache
+def _opened(run: Any) -> tuple[Any, Callable[[TensorDescriptor, Any], Sequence[Any]], Sequence[Any]]:
+    """Triton's launcher without what fills in descriptors, that by itself, and what it knows of each."""
+    around, bare = getclosurevars(run.launch), copy(run)
+    bare.launch = around.nonlocals["launcher"]
+    fill = {**around.globals, **around.nonlocals}["make_tensordesc_arg"]
+    ignored = [None] * (fill.__code__.co_argcount - 2)  # one since Triton 3.8
+    return bare, lambda look, facts: fill(look, facts, *ignored), around.nonlocals["tensordesc_meta"]
+
+
+def at(look: TensorDescriptor, base: Any) -> TensorDescriptor:
+    """A descriptor of other memory that looks alike. (To make one anew is to have it judged anew.)"""
+    other = object.__new__(TensorDescriptor)
+    other.__dict__.update(look.__dict__, base=base)
+    return other
+
+
 def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], **options: int) -> None:
-    """Run ``kernel`` on the current stream of the device of its first argument; as :func:`bind` has it."""
-    if isinstance(kernel, InterpretedFunction):
-        kernel[grid](*args, **constants)
-        return
-    start = bind(kernel, grid, args, constants, **options)
-    start(*(x.data_ptr() if isinstance(x, Tensor) else x for x in args))
+    """Run ``kernel`` on the current stream of the device of its tensors; as :func:`bind` has it."""
+    bind(kernel, grid, args, constants, **options)(*map(address, args))
 
 
-def _trait(x: Tensor | TensorDescriptor | float | None) -> object:
+def address(x: Any) -> Any:
+    """What a :data:`Start` takes: where a tensor begins. (In Triton's interpreter, the tensor.)"""
+    return x.data_ptr() if isinstance(x, Tensor) and x.is_cuda else x
+
+
+class Launches:
+    """The kernels that a call starts, one after the other, bound to what its tensors look like: :meth:`bound` takes the
+    addresses of those ``given``, in their order. Other tensors that a kernel takes have to stay where they are.
+    """
+
+    def __init__(self, *given: Tensor | None) -> None:
+        self._given = given
+        self._parts: list[Tensor] = []
+        self._starts: list[tuple[Start, list[Any]]] = []
+
+    def scratch(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory for the time of a call; gives what stands for it."""
+        self._parts.append(torch.empty(shape, dtype=dtype, device="meta"))
+        return self._parts[-1]
+
+    def add(
+        self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], **options: Any
+    ) -> None:
+        """One kernel more, unless its grid is empty; as :func:`bind` has it, with all numbers bound."""
+        memory = [x.base if isinstance(x, TensorDescriptor) else x for x in args if not isinstance(x, (int, float))]
+        if 0 not in grid:
+            start = bind(kernel, grid, args, constants, bound=len(args) - len(memory), **options)
+            self._starts.append((start, memory))
+
+    def bound(self) -> Start:
+        """All of them as one, which keeps no tensor of the call."""
+        known = {id(x) for x in (*self._given, *self._parts)}
+        fixed = [x for _, memory in self._starts for x in memory if id(x) not in known]
+        place = {id(x): i for i, x in enumerate((*self._given, *fixed, *self._parts))}
+        starts = [(start, itemgetter(*(place[id(x)] for x in memory))) for start, memory in self._starts]
+        parts, stay = self._parts, tuple(map(address, fixed))
+        *offsets, size = accumulate((-(-x.nbytes // 256) * 256 for x in parts), initial=0)
+        like = next(x for x in self._given if x is not None).new_empty(0, dtype=torch.uint8)
+
+        def run(*given: Any) -> None:
+            room = like.new_empty(size)
+            begin = room.data_ptr()
+            if room.is_cuda:
+                memory = (*given, *stay, *[begin + offset for offset in offsets])
+            else:
+                own = (room[i : i + x.nbytes].view(x.dtype).view(x.shape) for i, x in zip(offsets, parts, strict=True))
+                memory = (*given, *stay, *own)
+            for start, chosen in starts:
+                start(*chosen(memory))
+
+        return run
+
+
+def _trait(x: Any) -> object:
     """What Triton compiles for: a tensor's dtype and whether it begins at a multiple of 16 bytes; what the copy engine
-    takes of a tensor at once; a number's type and size, whether it is 1, whether 16 divides it.
+    takes of a tensor at once; a number's type.
     """
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if x is None or isinstance(x, float):
         return type(x)
-    if isinstance(x, TensorDescriptor):
-        return x.base.dtype, *x.block_shape
+    return x.base.dtype, *x.block_shape
+
+
+@lru_cache(1 << 14)
+def _number(x: int) -> object:
+    """The same of a whole number: whether it is 1, whether 16 divides it, its size."""
     return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
 
 

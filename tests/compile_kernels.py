@@ -82,7 +82,7 @@ def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, hea
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, True, True,
         torch.empty_like(v), True, pool, empty(64, 32, head_v, head_k, dtype=FP32), starts, 64, False,
     )  # fmt: skip
-    OPERATORS.prefill(given)
+    OPERATORS.bound_prefill(given)
 
 
 def hopper(
@@ -101,7 +101,7 @@ def hopper(
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, norm, log, torch.empty_like(v),
         True, pool, *kept, False,
     )  # fmt: skip
-    HOSTS["hopper"].prefill(given)
+    HOSTS["hopper"].bound_prefill(given)
 
 
 def conv() -> None:

@@ -29,7 +29,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     monkeypatch.setattr(
         library,
         "_implementation",
-        lambda operator, name: backend.prefill if operator == "prefill" else others(operator, name),
+        lambda operator, name: getattr(backend, operator, None) if "prefill" in operator else others(operator, name),
     )
 
 

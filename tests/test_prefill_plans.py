@@ -323,6 +323,7 @@ def test_the_launcher_gets_what_triton_would_give_it(
     monkeypatch.setattr(launch.knobs, "runtime", SimpleNamespace(launch_enter_hook=hook, launch_exit_hook=hook))
     kernel = Launcher(scratch)
     tiles = {1: kernel.base(0), 2: kernel.base(0)}
+    launch._opened.cache_clear()
     start = launch._start(kernel, Launcher.GRID, tiles, (5, 6), Launcher.DEVICE)
     for addresses in ((16, 32, 48, 64), (16, 32, 48, 80), (16, 32, 96, 64)):
         a, b, c, d = addresses

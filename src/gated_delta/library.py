@@ -181,12 +181,18 @@ def slot_number(null_slot: int | None) -> int:
 
 @cache
 def _implementation(operator: str, backend: str) -> Any:
-    return getattr(import_module(f"gated_delta.kernels.{backend}"), operator, None)
+    found = getattr(import_module(f"gated_delta.kernels.{backend}"), operator, None)
+    return found if callable(found) else None  # and no module of that name
 
 
 def tensors(call: Any) -> list[Tensor | None]:
     """Those of a record, in its order."""
     return [getattr(call, name) for name, *_ in TENSORS[type(call)]]
+
+
+def address(x: Any) -> Any:
+    """What a bound launch takes: where a tensor begins. (In Triton's interpreter, the tensor.)"""
+    return x.data_ptr() if isinstance(x, Tensor) and x.is_cuda else x
 
 
 def bound(operator: str, call: Any, backend: str) -> Any:
@@ -212,7 +218,12 @@ def _schema(record: Any) -> str:
 
 def _register(operator: str, record: Any) -> Any:
     def run(*args: Any) -> None:
-        _implementation(operator, args[-1])(record._make(args[:-1]))
+        call, backend = record._make(args[:-1]), args[-1]
+        implementation = _implementation(operator, backend)
+        if implementation is None:  # what is bound is all that there is
+            bound(operator, call, backend)(*map(address, tensors(call)))
+        else:
+            implementation(call)
 
     _LIBRARY.define(f"{operator}({_schema(record)}, str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")

@@ -91,7 +91,7 @@ def _run(options: tuple[Any, ...], given: tuple[Tensor | None, ...]) -> Tensor |
     if start is None:
         library.prefill(*call, backend)
     else:
-        start(*_places(library.tensors(call)))
+        start(*map(library.address, library.tensors(call)))
         plans.keep(options, given, _again(call, given, wants_state, start))
     if not wants_state:
         return call.output
@@ -110,12 +110,7 @@ def _again(call: library.Prefill, given: Sequence[Tensor | None], wants_state: b
     def run(given: Sequence[Any], places: Sequence[Any]) -> Any:
         make = given[0].new_empty
         fresh = [None if x is None else make(x[0], dtype=x[1]) for x in sizes]
-        start(*chosen((*places, *_places(fresh), None)))
+        start(*chosen((*places, *map(library.address, fresh), None)))
         return returned((*given, *fresh))
 
     return run
-
-
-def _places(tensors: Sequence[Tensor | None]) -> Sequence[Any]:
-    """What a bound launch takes of tensors: where they begin. (In Triton's interpreter, the tensors.)"""
-    return [x.data_ptr() if x is not None and x.is_cuda else x for x in tensors]

@@ -3,14 +3,9 @@
 from gated_delta.kernels import triton
 from gated_delta.kernels.gluon.prefill import bound_prefill as by_tiles
 from gated_delta.kernels.gluon.prefill import tileable
-from gated_delta.kernels.triton.launch import Start, address
+from gated_delta.kernels.triton.launch import Start
 from gated_delta.kernels.triton.prefill import MOST_SEQUENCES
-from gated_delta.library import Prefill, tensors
-
-
-def prefill(call: Prefill) -> None:
-    """The operator."""
-    bound_prefill(call)(*map(address, tensors(call)))
+from gated_delta.library import Prefill
 
 
 def bound_prefill(call: Prefill) -> Start:

@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from gated_delta.kernels.gluon.chain import chain
 from gated_delta.kernels.gluon.parts import states_before, summary
 from gated_delta.kernels.gluon.prepare import VECTORS, prepare
-from gated_delta.kernels.triton.launch import Launches, Start, address, strides
+from gated_delta.kernels.triton.launch import Launches, Start, strides
 from gated_delta.library import Prefill, tensors
 
 CHUNK = 64
@@ -128,13 +128,8 @@ def _gate(device: torch.device, value: float) -> Tensor:
     return torch.full((1,), value, device=device)
 
 
-def prefill(call: Prefill) -> None:
-    """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits."""
-    bound_prefill(call)(*map(address, tensors(call)))
-
-
 def bound_prefill(call: Prefill) -> Start:
-    """What :func:`prefill` launches, which takes the addresses of its tensors."""
+    """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits: takes the addresses of the tensors."""
     launches = Launches(*tensors(call))
     q, k, v, cu_seqlens, output = call.q, call.k, call.v, call.cu_seqlens, call.output
     source, has_initial_state = call.source, call.has_initial_state

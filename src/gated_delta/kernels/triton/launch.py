@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cache, lru_cache
-from inspect import getclosurevars
+from inspect import getclosurevars, isfunction
 from itertools import accumulate
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -22,10 +22,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 
 from gated_delta.errors import BackendError
+from gated_delta.library import address
 
 Start = Callable[..., None]
-"""Runs a bound kernel on the current stream of its device; takes what is not bound: the :func:`address` of a tensor or
-of what a descriptor describes.
+"""Runs a bound kernel on the current stream of its device; takes what is not bound: the
+:func:`gated_delta.library.address` of a tensor or of what a descriptor describes.
 """
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
@@ -49,15 +50,8 @@ def bind(
         return lambda *given: kernel[grid](*given, *numbers, **constants)
     rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
     device = max(x.get_device() for x in args if isinstance(x, Tensor))
-    key = (
-        kernel.fn,
-        device,
-        warps,
-        stages,
-        registers,
-        rest,
-        *[_number(x) if isinstance(x, int) else _trait(x) for x in args],
-    )
+    traits = [_number(x) if isinstance(x, int) else _trait(x) for x in args]
+    key = (kernel.fn, device, warps, stages, registers, rest, *traits)
     compiled = _COMPILED.get(key)
     if compiled is None:
         with torch.cuda.device(device), newest_assembler(torch.cuda.get_device_capability()):
@@ -99,8 +93,8 @@ def _start(
 ) -> Start:
     run, function, packed, runtime = compiled.run, compiled.function, compiled.packed_metadata, knobs.runtime
     current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
-    filled = _Filled(run, tiles) if tiles else None
-    direct = _direct(run if filled is None else filled.bare, (*grid, 0, function, packed, None, None, None))
+    bare, facts, together, *fill = _opened(compiled)
+    filled = _Filled(tiles, *fill) if tiles else None
 
     def start(*args: Any) -> None:
         if current_device() != device:
@@ -109,7 +103,8 @@ def _start(
             return
         stream, enter, leave = current_stream(device), runtime.launch_enter_hook, runtime.launch_exit_hook
         if not enter.calls and not leave.calls:  # nobody profiles
-            direct(stream, *(args if filled is None else filled(args)), *rest)
+            args = (*(args if filled is None else filled(args)), *rest)
+            bare(*grid, stream, *facts, args) if together else bare(*grid, stream, *facts, *args)
             return
         args = tuple(at(tiles[i], _Base(x)) if i in tiles else x for i, x in enumerate(args))
         metadata = compiled.launch_metadata(grid, stream, *args, *rest)
@@ -118,20 +113,29 @@ def _start(
     return start
 
 
-def _direct(run: Any, first: tuple[Any, ...]) -> Callable[..., None]:
-    """What ``run(*first, *args)`` comes to, which takes the stream (the fourth of ``first``) and ``args``. Triton's
-    launcher asks at every launch what the kernel needs; if that is no scratch memory, the answer is always the same.
+@cache
+def _opened(compiled: Any) -> tuple[Callable[..., None], Sequence[Any], bool, Any, Any]:
+    """Triton's launcher without what Python does around it at every launch, which takes several times as long: it asks
+    what the kernel needs (if that is no memory, the answer is always the same) and fills in descriptors.
+
+    Returns:
+        The launcher, what it takes behind grid and stream, whether it takes a kernel's arguments together (since Triton
+        3.7), what fills in a descriptor, and what that is told of each.
     """
-    if run.global_scratch_size or run.profile_scratch_size:
-        return lambda stream, *args: run(*first[:3], stream, *first[4:], *args)
+    run, bare, fill, told = compiled.run, copy(compiled.run), None, None
+    if isfunction(run.launch):
+        around = getclosurevars(run.launch)
+        bare.launch, told = around.nonlocals["launcher"], around.nonlocals["tensordesc_meta"]
+        fill = {**around.globals, **around.nonlocals}["make_tensordesc_arg"]
+    facts = (compiled.function, compiled.packed_metadata, None, None, None)
+    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return bare, facts, False, fill, told
     heard: list[tuple[Any, ...]] = []
-    ear = copy(run)
+    ear = copy(bare)
     ear.launch = lambda *given: heard.append(given)
-    ear(*first, first)
-    (x, y, z, _, *facts, last), launch = heard[0], run.launch
-    if last is first:  # the launcher takes arguments one by one; since Triton 3.7, together
-        return lambda stream, *args: launch(x, y, z, stream, *facts, *args)
-    return lambda stream, *args: launch(x, y, z, stream, *facts, args)
+    ear(1, 1, 1, 0, *facts, ear)
+    *facts, last = heard[0][4:]
+    return bare.launch, facts, last is not ear, fill, told
 
 
 class _Base(NamedTuple):
@@ -144,40 +148,28 @@ class _Base(NamedTuple):
 
 
 class _Filled:
-    """Arguments with what the copy engine is told of each descriptor. Triton fills that in at every launch, among all
-    arguments, which takes five times as long as the launch; here it is kept for addresses that come again.
-    """
+    """Arguments with what the copy engine is told of each descriptor, kept for addresses that come again."""
 
     MOST = 32
     """Sets of addresses."""
 
-    def __init__(self, run: Any, tiles: dict[int, TensorDescriptor]) -> None:
-        self.tiles, self.first, self.end = tiles, min(tiles), max(tiles) + 1
+    def __init__(self, tiles: dict[int, TensorDescriptor], fill: Any, told: Sequence[Any]) -> None:
+        self.tiles, self.fill, self.told = tiles, fill, dict(zip(tiles, told, strict=True))
+        self.first, self.end = min(tiles), max(tiles) + 1
+        self.ignored = [None] * (fill.__code__.co_argcount - 2)  # one since Triton 3.8
         self.known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        self.bare, self.fill, self.facts = _opened(run)
 
     def __call__(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         key = args[self.first : self.end]
-        return (*args[: self.first], *(self.known.get(key) or self._fill(key)), *args[self.end :])
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) >= self.MOST:
+                self.known.clear()
+            found = self.known[key] = tuple(y for i, x in enumerate(key, self.first) for y in self._of(i, x))
+        return (*args[: self.first], *found, *args[self.end :])
 
-    def _fill(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(self.known) >= self.MOST:
-            self.known.clear()
-        facts, found = iter(self.facts), []
-        for i, x in enumerate(key, self.first):
-            found += self.fill(at(self.tiles[i], _Base(x)), next(facts)) if i in self.tiles else [x]
-        self.known[key] = tuple(found)
-        return self.known[key]
-
-
-@cache
-def _opened(run: Any) -> tuple[Any, Callable[[TensorDescriptor, Any], Sequence[Any]], Sequence[Any]]:
-    """Triton's launcher without what fills in descriptors, that by itself, and what it knows of each."""
-    around, bare = getclosurevars(run.launch), copy(run)
-    bare.launch = around.nonlocals["launcher"]
-    fill = {**around.globals, **around.nonlocals}["make_tensordesc_arg"]
-    ignored = [None] * (fill.__code__.co_argcount - 2)  # one since Triton 3.8
-    return bare, lambda look, facts: fill(look, facts, *ignored), around.nonlocals["tensordesc_meta"]
+    def _of(self, i: int, x: Any) -> Sequence[Any]:
+        return self.fill(at(self.tiles[i], _Base(x)), self.told[i], *self.ignored) if i in self.tiles else [x]
 
 
 def at(look: TensorDescriptor, base: Any) -> TensorDescriptor:
@@ -190,11 +182,6 @@ def at(look: TensorDescriptor, base: Any) -> TensorDescriptor:
 def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], **options: int) -> None:
     """Run ``kernel`` on the current stream of the device of its tensors; as :func:`bind` has it."""
     bind(kernel, grid, args, constants, **options)(*map(address, args))
-
-
-def address(x: Any) -> Any:
-    """What a :data:`Start` takes: where a tensor begins. (In Triton's interpreter, the tensor.)"""
-    return x.data_ptr() if isinstance(x, Tensor) and x.is_cuda else x
 
 
 class Launches:
@@ -232,7 +219,7 @@ class Launches:
         like = next(x for x in self._given if x is not None).new_empty(0, dtype=torch.uint8)
 
         def run(*given: Any) -> None:
-            room = like.new_empty(size)
+            room = like.new_empty(size) if size else like
             begin = room.data_ptr()
             if room.is_cuda:
                 memory = (*given, *stay, *[begin + offset for offset in offsets])

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from gated_delta.errors import BackendError
-from gated_delta.kernels.triton.launch import Launches, Start, address, strides
+from gated_delta.kernels.triton.launch import Launches, Start, strides
 from gated_delta.kernels.triton.prefill_chain import chain
 from gated_delta.kernels.triton.prefill_prepare import CHUNK, VECTORS, prepare
 from gated_delta.kernels.triton.prefill_tokens import by_tokens
@@ -63,13 +63,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def prefill(call: Prefill) -> None:
-    """The operator."""
-    bound_prefill(call)(*map(address, tensors(call)))
-
-
 def bound_prefill(call: Prefill) -> Start:
-    """What :func:`prefill` launches, which takes the addresses of its tensors."""
+    """The operator, which takes the addresses of its tensors."""
     launches = Launches(*tensors(call))
     q, k, v, cu_seqlens, output, source = call.q, call.k, call.v, call.cu_seqlens, call.output, call.source
     (total, heads, head_v), head_k, count = output.shape, q.shape[2], cu_seqlens.shape[0] - 1

@@ -5,17 +5,16 @@ PYTHONPATH=src python scripts/measure_host.py
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import typer
-from rich.console import Console
+from rich import print
 from rich.table import Table
 
 import gated_delta as gd
@@ -26,7 +25,6 @@ from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.state import StatePool
 from gated_delta.testing.inputs import Inputs, prefill_inputs, recurrent_inputs, to_device
 
-HEADS: dict[str, Any] = {"hq": 16, "hk": 16, "hv": 32, "head_k": 128, "head_v": 128}
 FIRST = """
 import sys, time; began, device = time.perf_counter(), sys.argv[1]
 import torch
@@ -40,11 +38,12 @@ print(ready - began, imported - ready, time.perf_counter() - imported)
 """
 
 
-def median_us(call: Callable[[], object], calls: int, before: Callable[[], object], wait: Callable[[], None]) -> float:
-    """Of a call. The device's queue never fills, so that nobody waits for it; ``before`` each, which is not timed."""
+def median_us(call: Callable[[], object], calls: int, wait: Callable[[], None], *forgotten: plans.Plans) -> float:
+    """Of a call, before each of which plans are ``forgotten``. The device's queue never fills: nobody waits for it."""
     times = []
     for i in range(calls + 20):
-        before()
+        for kept in forgotten:
+            kept.clear()
         if i % 10 == 0:
             wait()
         started = time.perf_counter()
@@ -53,15 +52,16 @@ def median_us(call: Callable[[], object], calls: int, before: Callable[[], objec
     return statistics.median(times[20:]) * 1e6
 
 
-def prefill(sequences: int, tokens: int, *, pooled: bool, device: str) -> Inputs:
-    """A call of so many sequences, 2048 tokens in all, as a layer has it if over a pool."""
-    x = prefill_inputs([tokens // sequences] * sequences, **HEADS)
-    state = torch.zeros(sequences + 1, 32, 128, 128)
+def prefill(sequences: int, pooled: bool, device: str) -> Inputs:
+    """2048 tokens in all; over a pool as a layer has it."""
+    lengths = [2048 // sequences] * sequences
+    x = to_device(prefill_inputs(lengths, hq=16, hk=16, hv=32, head_k=128, head_v=128), device)
+    x["initial_state"] = torch.zeros(sequences, 32, 128, 128, device=device)
     if not pooled:
-        return to_device({**x, "initial_state": state[1:].clone(), "output_final_state": True}, device)
-    x = to_device({**x, "initial_state": state, "use_qk_l2norm_in_kernel": True}, device)
-    slots = torch.arange(1, sequences + 1, dtype=torch.int32, device=device)
-    return {**x, "output_state": x["initial_state"], "state_indices": slots, "has_initial_state": slots > 0}
+        return {**x, "output_final_state": True}
+    slots = torch.arange(sequences, dtype=torch.int32, device=device)
+    x |= {"output_state": x["initial_state"], "state_indices": slots, "has_initial_state": slots > 0}
+    return {**x, "use_qk_l2norm_in_kernel": True}
 
 
 def layer_step(rows: list[Row], device: str) -> Callable[[], object]:
@@ -77,23 +77,17 @@ def layer_step(rows: list[Row], device: str) -> Callable[[], object]:
 def cases(device: str) -> dict[str, Callable[[], object]]:
     """Calls by name; each is made again and again on the same tensors."""
     found: dict[str, Callable[[], object]] = {}
-    for sequences in (1, 8):
-        for pooled in (False, True):
-            x = prefill(sequences, 2048, pooled=pooled, device=device)
-            name = f"prefill, {sequences} x {2048 // sequences}{', pool and slots' if pooled else ''}"
-            found[name] = lambda x=x: gd.chunk_gated_delta_rule(**x)
-    sizes: dict[str, Any] = {"h": 16, "hv": 32, "head_k": 128, "head_v": 128}
-    one, four = (to_device(recurrent_inputs(1, tokens, **sizes), device) for tokens in (1, 4))
-    pool = {
-        "initial_state": four.pop("state"),
-        "initial_state_indices": torch.zeros(1, dtype=torch.int32, device=device),
-    }
-    found["decode, one row"] = lambda: gd.gated_delta_rule_decode_pretranspose(**one)
-    found["verify, four tokens"] = lambda: gd.gated_delta_rule_mtp(**four, **pool, disable_state_update=True)
+    for sequences, pooled in ((1, False), (8, False), (1, True), (8, True)):
+        name = f"prefill, {sequences} x {2048 // sequences}{', pool and slots' if pooled else ''}"
+        found[name] = partial(gd.chunk_gated_delta_rule, **prefill(sequences, pooled, device))
+    one, four = (to_device(recurrent_inputs(1, n, h=16, hv=32, head_k=128, head_v=128), device) for n in (1, 4))
+    slots = torch.zeros(1, dtype=torch.int32, device=device)
+    pool = {"initial_state": four.pop("state"), "initial_state_indices": slots}
+    found["decode, one row"] = partial(gd.gated_delta_rule_decode_pretranspose, **one)
+    found["verify, four tokens"] = partial(gd.gated_delta_rule_mtp, **four, **pool, disable_state_update=True)
     x, weight = (torch.randn(*shape, device=device, dtype=torch.bfloat16) for shape in ((1, 8192), (8192, 4)))
     window = torch.zeros(2, 3, 8192, device=device, dtype=torch.bfloat16).transpose(1, 2)
-    slots = torch.zeros(1, dtype=torch.int32, device=device)
-    found["convolution update"] = lambda: gd.causal_conv1d_update(x, window, weight, state_indices=slots)
+    found["convolution update"] = partial(gd.causal_conv1d_update, x, window, weight, state_indices=slots)
     found["layer, a decode step"] = layer_step([Row(1, 1)], device)
     found["layer, a prefill of 2048"] = layer_step([Row(2048, 1, fresh=True)], device)
     return found
@@ -101,10 +95,7 @@ def cases(device: str) -> dict[str, Callable[[], object]]:
 
 def first_call(device: str) -> list[float]:
     """Seconds of a fresh process: torch and the GPU, importing this package, its first prefill."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST, device], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", FIRST, device], capture_output=True, text=True, check=True)
     return [float(x) for x in done.stdout.split()]
 
 
@@ -113,19 +104,13 @@ def main(calls: int = 1000, device: str = "cuda") -> None:
     """Print the tables."""
     wait: Callable[[], None] = torch.get_device_module(device).synchronize
     table = Table("a call", "again, us", "like none before, us", title=f"torch {torch.__version__}, {device}")
-
-    def forget() -> None:
-        plans._PLANS.clear()
-        plans._JUDGED.clear()
-
     for name, call in cases(device).items():
-        again, anew = median_us(call, calls, lambda: None, wait), median_us(call, calls // 10 + 1, forget, wait)
-        table.add_row(name, f"{again:.1f}", f"{anew:.1f}")
-    console = Console()
-    console.print(table)
+        anew = median_us(call, calls // 10 + 1, wait, plans._PLANS, plans._JUDGED)
+        table.add_row(name, f"{median_us(call, calls, wait):.1f}", f"{anew:.1f}")
+    print(table)
     for run in ("first", "second, with a warm disk cache"):
         torch_s, import_s, call_s = first_call(device)
-        console.print(f"process, {run}: torch {torch_s:.2f} s, import {import_s:.2f} s, first prefill {call_s:.2f} s")
+        print(f"process, {run}: torch {torch_s:.2f} s, import {import_s:.2f} s, first prefill {call_s:.2f} s")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ def no_plans() -> None:
     from gated_delta import plans  # noqa: PLC0415 (it registers operators, which takes a while)
 
     plans._PLANS.clear()
-    plans._JUDGED.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -27,41 +27,25 @@ class Plan(NamedTuple):
     """What calls of one kind need."""
 
     guards: Any
-    tensors: int
-    """How many there are to guard."""
     launch: Any
 
 
 Plans = dict[tuple[Any, ...], list[Plan]]
 
 _PLANS: Plans = {}
-_JUDGED: Plans = {}
-
-
-def _keep(plans: Plans, key: tuple[Any, ...], tensors: Sequence[Tensor], launch: Any) -> None:
-    assert TensorGuards is not None
-    if len(plans) >= MOST_KINDS:
-        plans.clear()
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    plans[key] = [*plans.get(key, [])[1 - MOST_ALIKE :], Plan(guards, len(tensors), launch)]
 
 
 def judged(call: Sequence[Any], judge: Callable[[], Any]) -> Any:
     """What ``judge`` says of a call (q first); for one like an earlier one, what it said then. Errors are not kept."""
-    given = [x for x in call if isinstance(x, Tensor)]
-    if TensorGuards is None or _is_watched() or not all(type(x) in (Tensor, torch.nn.Parameter) for x in given):
-        return judge()
-    try:
-        options = (None if isinstance(x, Tensor) else x for x in call)
-        key = (len(call[0]), *options, *map(type, call), torch.is_grad_enabled())
-        for plan in _JUDGED.get(key, []):
-            if plan.guards.check(*given):
-                return plan.launch
-    except TypeError:  # no tensor, or no hashable option: judging it will say so
-        return judge()
-    found = judge()
-    _keep(_JUDGED, key, given, found)
-    return found
+    tensors = [x if isinstance(x, Tensor) else None for x in call]
+    options = tuple([None if isinstance(x, Tensor) else x for x in call])
+    found = find(options, tensors)
+    if found is not None:
+        return found[0]
+    said = judge()
+    if keeps(tensors):
+        keep(options, tensors, said)
+    return said
 
 
 def _is_watched() -> bool:
@@ -100,8 +84,13 @@ def keeps(tensors: Sequence[Any]) -> bool:
 
 def keep(options: tuple[Any, ...], tensors: Sequence[Tensor | None], launch: Any) -> None:
     """Keep ``launch`` for calls like this one, if :func:`keeps` says so."""
-    addresses = [None if x is None else x.data_ptr() for x in tensors]
-    _keep(_PLANS, _look(options, tensors, addresses), [x for x in tensors if x is not None], launch)
+    assert TensorGuards is not None
+    if len(_PLANS) >= MOST_KINDS:
+        _PLANS.clear()
+    given = [x for x in tensors if x is not None]
+    guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    look = _look(options, tensors, [None if x is None else x.data_ptr() for x in tensors])
+    _PLANS[look] = [*_PLANS.get(look, [])[1 - MOST_ALIKE :], Plan(guards, launch)]
 
 
 def _look(options: tuple[Any, ...], tensors: Sequence[Any], addresses: Sequence[int | None]) -> tuple[Any, ...]:

@@ -18,8 +18,7 @@ from gated_delta.testing.inputs import Inputs, prefill_inputs, to_device, with_s
 from helpers import DEVICE, FLOATS, Pool, nans, prefill, same_bits, sequences, span, tokens
 from prefill_helpers import assert_right, constant, every_fifth, run, serve, spread, unit
 
-host = import_module("gated_delta.kernels.gluon.prefill")
-launch = import_module("gated_delta.kernels.triton.launch")
+host, launch = (import_module(f"gated_delta.kernels.{name}") for name in ("gluon.prefill", "triton.launch"))
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not HOPPER, reason="needs a Hopper GPU, or none")
 emulated = pytest.mark.skipif(DEVICE == "cuda", reason="looks for what a GPU may get right by chance")

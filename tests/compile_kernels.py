@@ -244,16 +244,9 @@ def recorded(case: Callable[[], None], shared: int) -> list[Launch]:
     found: list[Launch] = []
 
     def launch(
-        kernel: Any,
-        grid: object,
-        args: Any,
-        constants: Any,
-        *,
-        warps: int,
-        stages: int = 1,
-        registers: Any = None,
+        kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1, registers: Any = None,
         bound: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         found.append(Launch(kernel, tuple(args), dict(constants), warps, stages, registers))
 
     for host in HOSTS.values():

@@ -97,5 +97,5 @@ def _look(options: tuple[Any, ...], tensors: Sequence[Any], addresses: Sequence[
     """Options and their types (1 is not True), the shape of the first tensor, which there are and how each is aligned
     (a kernel is compiled for that), whether gradients are on.
     """
-    aligned = [None if x is None else x % 16 for x in addresses]
+    aligned = [x and x % 16 for x in addresses]
     return (options, *map(type, options), tensors[0].shape, *aligned, torch.is_grad_enabled())

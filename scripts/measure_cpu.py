@@ -74,9 +74,8 @@ def boundary() -> None:
     for name, run in timed.items():
         print(f"  {name}: {each(run):.1f} us")
     names = ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")
-    options = ("gated_delta_rule_decode_pretranspose", None, True, False, "auto", True, None, True)
-    call = (*options, *(inputs[name] for name in names), *[None] * 5)
-    plans.remember(call, inputs["v"], lambda *args: None)
+    options: tuple[object, ...] = ("gated_delta_rule_decode_pretranspose", None, True, False, "auto", True, None, True)
+    plans.keep(options, (*(inputs[name] for name in names), *[None] * 5), lambda *args: None)
     print(f"  the same by a plan: {each(timed['gated_delta_rule_decode_pretranspose']):.1f} us")
 
 

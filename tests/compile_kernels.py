@@ -34,7 +34,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that a program may take, by generation."""
 BF16, FP16, FP32, INT = torch.bfloat16, torch.float16, torch.float32, torch.int32
-newest_assembler: Any = import_module("gated_delta.kernels.triton.launch").newest_assembler
+LAUNCHES: Any = import_module("gated_delta.kernels.triton.launch")
 OPERATORS: Any = import_module("gated_delta.kernels.triton")
 HOSTS: dict[str, Any] = {
     name: import_module(f"gated_delta.kernels.triton.{name}")
@@ -82,7 +82,7 @@ def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, hea
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, True, True,
         torch.empty_like(v), True, pool, empty(64, 32, head_v, head_k, dtype=FP32), starts, 64, False,
     )  # fmt: skip
-    OPERATORS.prefill(given)
+    OPERATORS.bound_prefill(given)
 
 
 def hopper(
@@ -101,7 +101,7 @@ def hopper(
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, norm, log, torch.empty_like(v),
         True, pool, *kept, False,
     )  # fmt: skip
-    HOSTS["hopper"].prefill(given)
+    HOSTS["hopper"].bound_prefill(given)
 
 
 def conv(head_k: int = 0) -> None:
@@ -242,12 +242,14 @@ def recorded(case: Callable[[], None], shared: int) -> list[Launch]:
     found: list[Launch] = []
 
     def launch(
-        kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1, registers: Any = None
-    ) -> None:
+        kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1, registers: Any = None,
+        bound: int = 0,
+    ) -> None:  # fmt: skip
         found.append(Launch(kernel, tuple(args), dict(constants), warps, stages, registers))
 
     for host in HOSTS.values():
         host.launch = launch
+    LAUNCHES.bind = launch
     HOSTS["prefill"]._shared_memory, HOSTS["prefill"]._processors = lambda device: shared, lambda device: 132
     case()
     return found
@@ -261,7 +263,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     bound, traits, rest = bind(*launch.args, **launch.constants, **options)
     _, signature, constants, attributes = kernel._pack_args(backend, rest, bound, traits, None)
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
-    with newest_assembler(divmod(int(target.arch), 10)):
+    with LAUNCHES.newest_assembler(divmod(int(target.arch), 10)):
         return triton.compile(source, target=target, options=options)
 
 
@@ -360,7 +362,7 @@ def written(step: str) -> set[int]:
 
 def serialised(ptx: str, capability: int) -> list[str]:
     """What the assembler says of wgmmas that it does not let run side by side."""
-    with tempfile.TemporaryDirectory() as folder, newest_assembler(divmod(capability, 10)):
+    with tempfile.TemporaryDirectory() as folder, LAUNCHES.newest_assembler(divmod(capability, 10)):
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{capability}a", source, "-o", Path(folder, "cubin")]

@@ -27,6 +27,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """Calls are judged anew: tests put other things in the place of what was launched."""
+    from gated_delta import plans  # noqa: PLC0415 (it registers operators, which takes a while)
+
+    plans._PLANS.clear()
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """``torch.empty`` gives NaN, so an output that nobody wrote shows."""
     torch.use_deterministic_algorithms(True)

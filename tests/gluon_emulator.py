@@ -1,6 +1,6 @@
 """Gluon kernels on CPU tensors, without a compiler: their Python runs as it stands, and their mistakes are found.
 
-Put :func:`launch` in the place of ``gated_delta.kernels.triton.launch.launch``. What is checked: gluon_block.py;
+Put :func:`bind` in the place of ``gated_delta.kernels.triton.launch.bind``. What is checked: gluon_block.py;
 shared memory begins as NaN, and a pointer that leaves its tensor's memory is an error. Layouts are ignored, for the
 compiler checks them.
 """
@@ -21,8 +21,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 
+from gated_delta.kernels.triton.launch import at
 from gluon_block import (
     Barriers,
     Block,
@@ -144,6 +146,20 @@ class Plain:
                 else:
                     ours[name] = x.value if isinstance(x, gl.constexpr) else REPLACED.get(id(x), x)
         return self.modules[id(module)]
+
+
+def bind(
+    kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], *, bound: int, **options: Any
+) -> Callable[..., None]:  # fmt: skip
+    """As the library's, with tensors for addresses."""
+    numbers = args[len(args) - bound :]
+    tiles = {i: at(x, None) for i, x in enumerate(args) if isinstance(x, TensorDescriptor)}
+
+    def start(*given: Any) -> None:
+        memory = (at(tiles[i], x) if i in tiles else x for i, x in enumerate(given))
+        launch(kernel, grid, (*memory, *numbers), constants, **options)
+
+    return start
 
 
 def launch(

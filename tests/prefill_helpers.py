@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gated_delta import library
+from gated_delta import library, plans
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, to_device
@@ -21,12 +21,15 @@ def spread(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
-    """Let this module's ``prefill`` serve the calls of any backend. (The operators keep what they have looked up.)"""
+    """Let this module's ``prefill`` serve the calls of any backend, each judged anew. (The operators keep what they
+    have looked up, and plans what was launched.)
+    """
     others = library._implementation
+    monkeypatch.setattr(plans, "TensorGuards", None)
     monkeypatch.setattr(
         library,
         "_implementation",
-        lambda operator, name: backend.prefill if operator == "prefill" else others(operator, name),
+        lambda operator, name: getattr(backend, operator, None) if "prefill" in operator else others(operator, name),
     )
 
 

@@ -21,6 +21,7 @@ from helpers import nans, prefill, tokens
 from prefill_helpers import constant, serve
 
 host = import_module("gated_delta.kernels.gluon.prefill")
+launch = import_module("gated_delta.kernels.triton.launch")
 
 
 class Fault(NamedTuple):
@@ -260,7 +261,7 @@ def judged(
     """The first 330 of 340 tokens are a sequence; behind it is NaN."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     serve(monkeypatch, host)
-    monkeypatch.setattr(host, "launch", partial(gluon_emulator.launch, edits=edits, seed=seed))
+    monkeypatch.setattr(launch, "bind", partial(gluon_emulator.bind, edits=edits, seed=seed))
     monkeypatch.setattr(host, "plan", lambda *_: plan)
     inputs, plain, exact = inputs_of(kind, dtype)
     given = {**inputs, "cu_seqlens": tokens(inputs, 0, 330)["cu_seqlens"]}

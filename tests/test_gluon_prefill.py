@@ -18,7 +18,7 @@ from gated_delta.testing.inputs import Inputs, prefill_inputs, to_device, with_s
 from helpers import DEVICE, FLOATS, Pool, nans, prefill, same_bits, sequences, span, tokens
 from prefill_helpers import assert_right, constant, every_fifth, run, serve, spread, unit
 
-host = import_module("gated_delta.kernels.gluon.prefill")
+host, launch = (import_module(f"gated_delta.kernels.{name}") for name in ("gluon.prefill", "triton.launch"))
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not HOPPER, reason="needs a Hopper GPU, or none")
 emulated = pytest.mark.skipif(DEVICE == "cuda", reason="looks for what a GPU may get right by chance")
@@ -28,7 +28,7 @@ emulated = pytest.mark.skipif(DEVICE == "cuda", reason="looks for what a GPU may
 def in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, host)
     if DEVICE == "cpu":
-        monkeypatch.setattr(host, "launch", gluon_emulator.launch)
+        monkeypatch.setattr(launch, "bind", gluon_emulator.bind)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -326,7 +326,7 @@ def test_batch_invariance_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_order_in_which_partitions_run_changes_no_bit(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, before = small([330]), None
     for seed in range(5):
-        monkeypatch.setattr(host, "launch", partial(gluon_emulator.launch, seed=seed))
+        monkeypatch.setattr(launch, "bind", partial(gluon_emulator.bind, seed=seed))
         after = run(inputs)
         assert before is None or all(same_bits(x, y) for x, y in zip(before, after, strict=True)), seed
         before = after

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gated_delta as gd
-from gated_delta import plans, reference
+from gated_delta import reference
 from gated_delta.errors import BackendError, DataError, DtypeError, LayoutError, OptionError, ShapeError
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
@@ -307,7 +307,6 @@ def test_a_call_like_another_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> 
     asked: list[object] = []
     real = operators.step
     monkeypatch.setattr(operators, "step", lambda *given: asked.append(given) or real(*given))
-    monkeypatch.setattr(plans, "_JUDGED", {})
     given = call(Shape(1, 1, 32, 32))
     for _ in range(3):
         gd.gated_delta_net_step(**copied(given))

@@ -118,9 +118,13 @@ def gated_delta_rule_mtp(
 
 def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = False) -> Tensor:
     """What every recurrent operator does: its name, options and tensors, in the order in which they are taken here."""
-    planned = plans.run(fields)
-    if planned is not None:
-        return planned
+    options, given = fields[:8], fields[8:]
+    found = plans.find(options, given)
+    if found is not None:
+        start, (*before, output, read, write, token, snapshots) = found
+        into = torch.empty_like(given[2], memory_format=torch.contiguous_format) if output is None else given[8]
+        start(*before, library.address(into), read, write, token, snapshots)
+        return into
     (where, scale, use_qk_l2norm, allow_neg_eigval, backend, update, null_slot, state_v_first, q, k, v, state, A_log, a,
      dt_bias, b, output, read_slots, write_slots, token_slots, snapshots) = fields  # fmt: skip
     call = library.Recurrent._make((
@@ -138,6 +142,6 @@ def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = F
     if data.is_checked():
         data.recurrent(where, call)
     library.recurrent(*call, backend)
-    if not torch.compiler.is_compiling() and q.is_cuda:
-        plans.remember(fields, call.output, library.bound_recurrent(call, backend))
+    if q.is_cuda and plans.keeps(given):
+        plans.keep(options, given, library.bound("recurrent", call, backend))
     return call.output

@@ -194,12 +194,24 @@ def slot_number(null_slot: int | None) -> int:
 
 @cache
 def _implementation(operator: str, backend: str) -> Any:
-    return getattr(import_module(f"gated_delta.kernels.{backend}"), operator)
+    found = getattr(import_module(f"gated_delta.kernels.{backend}"), operator, None)
+    return found if callable(found) else None  # and no module of that name
 
 
-def bound_recurrent(call: Recurrent, backend: str) -> Any:
-    """A launch of :data:`recurrent` with these arguments that takes only its tensors' pointers."""
-    return _implementation("bound_recurrent", backend)(call)
+def tensors(call: Any) -> list[Tensor | None]:
+    """Those of a record, in its order."""
+    return [getattr(call, name) for name, *_ in TENSORS[type(call)]]
+
+
+def address(x: Any) -> Any:
+    """What a bound launch takes: where a tensor begins. (In Triton's interpreter, the tensor.)"""
+    return x.data_ptr() if isinstance(x, Tensor) and x.is_cuda else x
+
+
+def bound(operator: str, call: Any, backend: str) -> Any:
+    """What ``operator`` does with these arguments, which takes where its tensors are; None where a backend has none."""
+    bind = _implementation(f"bound_{operator}", backend)
+    return None if bind is None else bind(call)
 
 
 def _schema(record: Any) -> str:
@@ -219,7 +231,12 @@ def _schema(record: Any) -> str:
 
 def _register(operator: str, record: Any) -> Any:
     def run(*args: Any) -> None:
-        _implementation(operator, args[-1])(record._make(args[:-1]))
+        call, backend = record._make(args[:-1]), args[-1]
+        implementation = _implementation(operator, backend)
+        if implementation is None:  # what is bound is all that there is
+            bound(operator, call, backend)(*map(address, tensors(call)))
+        else:
+            implementation(call)
 
     _LIBRARY.define(f"{operator}({_schema(record)}, str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")

@@ -1,11 +1,13 @@
 """Chunked prefill: many tokens of many sequences at once, and its gates."""
 
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gated_delta import dispatch, library, reference
+from gated_delta import dispatch, library, plans, reference
 from gated_delta.validation import data, operators
 
 
@@ -46,52 +48,72 @@ def chunk_gated_delta_rule(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
+    in_place = initial_state is not None and output_state is initial_state
+    return _run(
+        (scale, null_slot, use_qk_l2norm_in_kernel, g_space, checkpoint_every_n_tokens, deterministic,
+         output_final_state, max_seqlen, backend, in_place),
+        (q, k, v, g, beta, cu_seqlens, initial_state, has_initial_state, state_indices, output,
+         None if in_place else output_state, state_checkpoints, checkpoint_cu_starts),
+    )  # fmt: skip
+
+
+def _run(options: tuple[Any, ...], given: tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, Tensor]:
+    """The operator with its tensors in the order of :class:`gated_delta.library.Prefill`."""
+    again = plans.find(options, given)
+    if again is not None:
+        return again[0](given, again[1])
+    scale, null_slot, l2norm, g_space, every, deterministic, wants_state, max_seqlen, backend, in_place = options
+    q, k, v, g, beta, cu_seqlens, initial_state, has_initial_state, indices, output, final, checkpoints, starts = given
+    final = initial_state if in_place else final
     call = library.Prefill._make((
-        q, k, v, g, beta, scale, cu_seqlens, initial_state, has_initial_state, state_indices, null_slot, False,
-        use_qk_l2norm_in_kernel, g_space == "log", output, output is None, output_state, state_checkpoints,
-        checkpoint_cu_starts, checkpoint_every_n_tokens, deterministic is not None,
+        q, k, v, g, beta, scale, cu_seqlens, initial_state, has_initial_state, indices, null_slot, False, l2norm,
+        g_space == "log", output, output is None, final, checkpoints, starts, every, deterministic is not None,
     ))  # fmt: skip
-    return _run(call, output_final_state, max_seqlen, backend, g_space=g_space, deterministic=deterministic)
-
-
-def _run(
-    call: library.Prefill, wants_state: bool, max_seqlen: int | None, backend: str, **words: Any
-) -> Tensor | tuple[Tensor, Tensor]:
-    args = operators.prefill(call, wants_state, max_seqlen, **words)
-    q, sizes = call.q, args.sizes
-    backend = dispatch.serving(args, q, backend)
-    final = call.final_state
-    if wants_state and final is None and call.state_indices is not None:
-        final = call.initial_state
+    args = operators.prefill(call, wants_state, max_seqlen, g_space, deterministic)
+    sizes, backend = args.sizes, dispatch.serving(args, call.q, backend)
+    if wants_state and final is None and indices is not None:
+        final = initial_state
     if wants_state and final is None:
-        dtype = torch.float32 if call.initial_state is None else call.initial_state.dtype
-        final = q.new_empty(sizes["N"], sizes["HS"], sizes["V"], sizes["K"], dtype=dtype)
-    in_place = final is not None and final is call.initial_state
+        dtype = torch.float32 if initial_state is None else initial_state.dtype
+        final = call.q.new_empty(sizes["N"], sizes["HS"], sizes["V"], sizes["K"], dtype=dtype)
+    in_place = final is not None and final is initial_state
     call = call._replace(
-        scale=reference.resolve_scale(call.scale, sizes["K"]),
-        initial_state=None if in_place else call.initial_state,
-        null_slot=library.slot_number(call.null_slot),
+        scale=reference.resolve_scale(scale, sizes["K"]),
+        initial_state=None if in_place else initial_state,
+        null_slot=library.slot_number(null_slot),
         in_place=in_place,
-        output=q.new_empty(sizes["L"], sizes["HS"], sizes["V"]) if call.zero_padding else call.output,
+        output=call.q.new_empty(sizes["L"], sizes["HS"], sizes["V"]) if output is None else output,
         final_state=final,
     )
     if data.is_checked():
         data.prefill(call, max_seqlen)
-    library.prefill(*call, backend)
+    start = library.bound("prefill", call, backend) if plans.keeps(given) else None
+    if start is None:
+        library.prefill(*call, backend)
+    else:
+        start(*map(library.address, library.tensors(call)))
+        plans.keep(options, given, _again(call, given, wants_state, start))
     if not wants_state:
         return call.output
     assert final is not None
     return call.output, final
 
 
-def _final_state(call: library.Prefill, sizes: dict[str, int]) -> Tensor:
-    """Where the final states go."""
-    if call.final_state is not None:
-        return call.final_state
-    if call.state_indices is not None and call.initial_state is not None:
-        return call.initial_state
-    dtype = torch.float32 if call.initial_state is None else call.initial_state.dtype
-    return call.q.new_empty(sizes["N"], sizes["HS"], sizes["V"], sizes["K"], dtype=dtype)
+def _again(call: library.Prefill, given: Sequence[Tensor | None], wants_state: bool, start: Any) -> Callable[..., Any]:
+    """The same call with other tensors that look like those ``given``, and where they are."""
+    made = [x if all(x is not y for y in given) else None for x in (call.output, call.final_state)]
+    sizes = [None if x is None else (x.shape, x.dtype) for x in made]
+    known = [id(x) for x in (*given, *made, None)]
+    chosen = itemgetter(*(known.index(id(x)) for x in library.tensors(call)))
+    returned = itemgetter(*(known.index(id(x)) for x in (call.output, call.final_state)[: 1 + wants_state]))
+
+    def run(given: Sequence[Any], places: Sequence[Any]) -> Any:
+        make = given[0].new_empty
+        fresh = [None if x is None else make(x[0], dtype=x[1]) for x in sizes]
+        start(*chosen((*places, *map(library.address, fresh), None)))
+        return returned((*given, *fresh))
+
+    return run
 
 
 def gates(

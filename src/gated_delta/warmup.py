@@ -27,7 +27,7 @@ from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d, causal_conv1d_update
 from gated_delta.errors import WarmupError
 from gated_delta.norm import rms_norm_gated
-from gated_delta.prefill import chunk_gated_delta_rule, gates
+from gated_delta.prefill import gates
 from gated_delta.validation.arguments import FLOATS, Arguments, describe_dtypes
 
 
@@ -51,6 +51,11 @@ class _Shapes:
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def backend(self, operator: str) -> str:
+        """Which serves it."""
+        sizes, device = (self.config.head_k_dim, self.config.head_v_dim), torch.device(self.device).type
+        return dispatch.choose(dispatch.Request(operator, device, self.dtype, *sizes), "auto")
 
     @property
     def batches(self) -> range:
@@ -148,9 +153,7 @@ def _cases(s: _Shapes) -> list[Callable[[], object]]:
         for pooled in (False, True)
         for known in (False, True)
     ]
-    sizes = s.config.head_k_dim, s.config.head_v_dim
-    request = dispatch.Request("chunk_gated_delta_rule", torch.device(s.device).type, s.dtype, *sizes)
-    if dispatch.choose(request, "auto") == "gluon":  # what it launches follows from its plan alone
+    if s.backend("chunk_gated_delta_rule") == "gluon":  # what it launches follows from its plan alone
         from gated_delta.kernels.gluon.prefill import PLANS, planned  # noqa: PLC0415 (it imports Triton)
 
         cases = [partial(planned, plan, case) for plan in PLANS for case in cases[:4]]
@@ -170,9 +173,7 @@ def _recurrent(s: _Shapes, steps: int, given: bool, *form: str) -> None:
     All rows share one state, which the operators would refuse and nobody reads: the memory for more may be taken.
     """
     c, pooled, v_first = s.config, "pool" in form, "K-major" not in form
-    device = torch.device(s.device).type
-    request = dispatch.Request("gated_delta_rule_mtp", device, s.dtype, c.head_k_dim, c.head_v_dim)
-    backend = dispatch.choose(request, "auto")
+    backend = s.backend("gated_delta_rule_mtp")
     last = (c.head_v_dim, c.head_k_dim) if v_first else (c.head_k_dim, c.head_v_dim)
     state = s.empty(1, c.num_v_heads, *last, dtype=s.state_dtype)
     per_head = s.empty(c.num_v_heads, dtype=torch.float32)
@@ -203,18 +204,15 @@ def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
         q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(parts, sizes, strict=True))
         states = s.empty(rows, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=s.state_dtype)
         gates = s.empty(total, c.num_v_heads, dtype=torch.float32)
-        x: dict[str, Any] = {
-            "q": q, "k": k, "v": v, "g": gates, "beta": gates,
-            "cu_seqlens": torch.arange(rows + 1, dtype=torch.int32, device=s.device) * length,
-            "use_qk_l2norm_in_kernel": pooled,
-        }  # fmt: skip
-        if pooled:
-            fresh = torch.zeros(rows, dtype=torch.bool, device=s.device)
-            x |= {"initial_state": states, "output_state": states, "output": torch.empty_like(x["v"]), "g_space": "log"}
-            x["state_indices"] = torch.arange(rows, dtype=torch.int32, device=s.device)
-            chunk_gated_delta_rule(**x, has_initial_state=fresh if known else None)
-        else:
-            chunk_gated_delta_rule(**x, initial_state=states if known else None, output_final_state=True)
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=s.device)
+        fresh = torch.zeros(rows, dtype=torch.bool, device=s.device)
+        final = states if pooled else torch.empty_like(states, dtype=s.state_dtype if known else torch.float32)
+        library.prefill(
+            q, k, v, gates, gates, 1.0, starts * length, states if known and not pooled else None,
+            fresh if known and pooled else None, starts[:-1] if pooled else None, -1, pooled, pooled, pooled,
+            torch.empty_like(v, memory_format=torch.contiguous_format), not pooled, final, None, None, 0, False,
+            s.backend("chunk_gated_delta_rule"),
+        )  # fmt: skip
 
 
 def _around(s: _Shapes) -> None:

@@ -15,8 +15,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from gated_delta.kernels.gluon.chain import chain
 from gated_delta.kernels.gluon.parts import states_before, summary
 from gated_delta.kernels.gluon.prepare import VECTORS, prepare
-from gated_delta.kernels.triton.launch import launch, strides
-from gated_delta.library import Prefill
+from gated_delta.kernels.triton.launch import Launches, Start, strides
+from gated_delta.library import Prefill, tensors
 
 CHUNK = 64
 REGISTERS = {1: (40,), 2: (232, 40), 3: (160, 152, 40)}
@@ -128,8 +128,9 @@ def _gate(device: torch.device, value: float) -> Tensor:
     return torch.full((1,), value, device=device)
 
 
-def prefill(call: Prefill) -> None:
-    """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits."""
+def bound_prefill(call: Prefill) -> Start:
+    """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits: takes the addresses of the tensors."""
+    launches = Launches(*tensors(call))
     q, k, v, cu_seqlens, output = call.q, call.k, call.v, call.cu_seqlens, call.output
     source, has_initial_state = call.source, call.has_initial_state
     (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
@@ -137,17 +138,17 @@ def prefill(call: Prefill) -> None:
     whole = call.batch_invariant or call.checkpoints is not None
     groups, part, make, stages = _TAKEN.get() or plan(total, count, heads, _processors(q.device), whole)
     if total == 0 and count == 0:
-        return
+        return launches.bound()
     if total == 0:  # the copy engine wants addresses
-        q, k, v = (y.new_empty(1, *y.shape[1:]) for y in (q, k, v))
+        q, k, v = (launches.scratch(1, *y.shape[1:], dtype=y.dtype) for y in (q, k, v))
     places, g, beta, x, p, vectors = count, None, None, None, None, None
     if make:
         g, beta = _gates(call)
     else:
-        x, p, vectors = _prepared(call)
+        x, p, vectors = _prepared(call, launches)
         if part:
             places += total // part
-            source, has_initial_state = _states_before(call, x, vectors, part, places), None
+            source, has_initial_state = _states_before(call, launches, x, vectors, part, places), None
         x, p = tiles(x), tiles(p)
     args = (
         k, rows(q), rows(k), rows(v, 64), x, p, vectors, g, beta, cu_seqlens, call.state_indices, source,
@@ -164,9 +165,9 @@ def prefill(call: Prefill) -> None:
     }  # fmt: skip
     # The last programs are for the tokens behind the last sequence.
     grid = (heads * 2 // groups, places + call.zero_padding)
-    if grid[1] > 0:
-        options = {"registers": SHORT_REGISTERS} if stages < STAGES else {}
-        launch(chain, grid, args, constants, warps=4, **options)
+    options = {"registers": SHORT_REGISTERS} if stages < STAGES else {}
+    launches.add(chain, grid, args, constants, warps=4, **options)
+    return launches.bound()
 
 
 def _gates(call: Prefill) -> tuple[Tensor, Tensor]:
@@ -176,14 +177,14 @@ def _gates(call: Prefill) -> tuple[Tensor, Tensor]:
     return g, beta
 
 
-def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
+def _prepared(call: Prefill, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
     """What every chunk does: X, the transpose of P', and their vectors."""
     q, k, cu_seqlens, state_indices = call.q, call.k, call.cu_seqlens, call.state_indices
     (total, heads, _), count = call.output.shape, cu_seqlens.shape[0] - 1
     g, beta = _gates(call)
     slots = total // CHUNK + max(count, 1)
-    x, p = q.new_empty(slots, heads, CHUNK, 128), q.new_empty(slots, heads, CHUNK, CHUNK)
-    vectors = q.new_empty(slots, heads, VECTORS.value, dtype=torch.float32)
+    x, p = (launches.scratch(slots, heads, CHUNK, columns, dtype=q.dtype) for columns in (128, CHUNK))
+    vectors = launches.scratch(slots, heads, VECTORS.value, dtype=torch.float32)
     args = (
         q, k, g, beta, cu_seqlens, state_indices, x, p, vectors, call.scale, call.null_slot, count,
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
@@ -192,26 +193,26 @@ def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
     constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
     constants |= {"NORM": call.use_qk_l2norm, "LOG": call.log_gates}
     if count > 0:
-        launch(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
+        launches.add(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
     return x, p, vectors
 
 
-def _states_before(call: Prefill, x: Tensor, vectors: Tensor, part: int, places: int) -> Tensor:
+def _states_before(call: Prefill, launches: Launches, x: Tensor, vectors: Tensor, part: int, places: int) -> Tensor:
     """The states that parts start from, ``[places, HV, V, K]`` fp32."""
     k, v, cu_seqlens, state_indices = call.k, call.v, call.cu_seqlens, call.state_indices
     heads, count = x.shape[1], cu_seqlens.shape[0] - 1
-    maps = k.new_empty(places, heads, 2, 128, 128, dtype=torch.float32)
-    states = k.new_empty(places, heads, 128, 128, dtype=torch.float32)
+    maps = launches.scratch(places, heads, 2, 128, 128, dtype=torch.float32)
+    states = launches.scratch(places, heads, 128, 128, dtype=torch.float32)
     args = (
         vectors, rows(k), rows(v, 64), tiles(x), cu_seqlens, state_indices, maps, call.null_slot, count, part,
         k.stride(1), v.stride(1), *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RK": heads // k.shape[1], "RV": heads // v.shape[1], "STAGES": STAGES, "REGISTERS": REGISTERS[2]}
-    launch(summary, (heads, places, 2), args, constants, warps=4)
+    launches.add(summary, (heads, places, 2), args, constants, warps=4)
     args = (
         maps, cu_seqlens, state_indices, call.source, call.has_initial_state, states, call.null_slot, part,
         *strides(cu_seqlens, 0), *strides(state_indices, 0), *strides(call.has_initial_state, 0),
         *strides(call.source, 0, 1, 2),
     )  # fmt: skip
-    launch(states_before, (128 // ROWS, heads, count), args, {"ROWS": ROWS}, warps=8)
+    launches.add(states_before, (128 // ROWS, heads, count), args, {"ROWS": ROWS}, warps=8)
     return states

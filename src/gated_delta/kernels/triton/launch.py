@@ -7,7 +7,12 @@ alone. It calls the compiled kernel as ``JITFunction.run`` does (unchanged from 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from copy import copy
+from functools import cache, lru_cache
+from inspect import getclosurevars, isfunction
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +22,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 
 from gated_delta.errors import BackendError
+from gated_delta.library import address
 
 Start = Callable[..., None]
-"""Runs a bound kernel on the current stream of its device; takes what is not bound, pointers as numbers."""
+"""Runs a bound kernel on the current stream of its device; takes what is not bound: the
+:func:`gated_delta.library.address` of a tensor or of what a descriptor describes.
+"""
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
@@ -30,21 +38,28 @@ def bind(
     """Compile ``kernel`` for such arguments, or take what was compiled (in this process, or in Triton's disk cache).
 
     Args:
-        args: tensors, numbers and None, in the order of the kernel's parameters; the first is a tensor.
+        args: tensors, descriptors, numbers and None, in the order of the kernel's parameters. A tensor on "meta" stands
+            for memory that begins at a multiple of 16 bytes.
         constants: its ``tl.constexpr`` parameters, which come after ``args``.
         registers: most that a thread may take, so that more programs run side by side.
         bound: how many of ``args``, from the end, keep their values.
     """
+    free = len(args) - bound
+    if isinstance(kernel, InterpretedFunction):
+        numbers = args[free:]
+        return lambda *given: kernel[grid](*given, *numbers, **constants)
     rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-    device = args[0].get_device()
-    key = (kernel.fn, device, warps, stages, registers, rest, *map(_trait, args))
+    device = max(x.get_device() for x in args if isinstance(x, Tensor))
+    traits = [_number(x) if isinstance(x, int) else _trait(x) for x in args]
+    key = (kernel.fn, device, warps, stages, registers, rest, *traits)
     compiled = _COMPILED.get(key)
     if compiled is None:
         with torch.cuda.device(device), newest_assembler(torch.cuda.get_device_capability()):
             compiled = kernel.warmup(*args, *rest, grid=grid, num_warps=warps, num_stages=stages, maxnreg=registers)
             compiled._init_handles()  # loads it onto this device
         _COMPILED[key] = compiled
-    return _start(compiled, (*grid, 1, 1)[:3], (*args[len(args) - bound :], *rest), device)
+    tiles = {i: at(x, None) for i, x in enumerate(args[:free]) if isinstance(x, TensorDescriptor)}
+    return _start(compiled, (*grid, 1, 1)[:3], tiles, (*args[free:], *rest), device)
 
 
 @contextmanager
@@ -73,44 +88,164 @@ def _version(tool: Any) -> tuple[int, ...]:
     return tuple(map(int, tool.version.split(".")))
 
 
-def _start(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...], device: int) -> Start:
+def _start(
+    compiled: Any, grid: tuple[int, ...], tiles: dict[int, TensorDescriptor], rest: tuple[Any, ...], device: int
+) -> Start:
     run, function, packed, runtime = compiled.run, compiled.function, compiled.packed_metadata, knobs.runtime
     current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+    bare, facts, together, *fill = _opened(compiled)
+    filled = _Filled(tiles, *fill) if tiles else None
 
-    def start(*args: object) -> None:
+    def start(*args: Any) -> None:
         if current_device() != device:
             with torch.cuda.device(device):
                 start(*args)
             return
         stream, enter, leave = current_stream(device), runtime.launch_enter_hook, runtime.launch_exit_hook
         if not enter.calls and not leave.calls:  # nobody profiles
-            run(*grid, stream, function, packed, None, None, None, *args, *rest)
+            args = (*(args if filled is None else filled(args)), *rest)
+            bare(*grid, stream, *facts, args) if together else bare(*grid, stream, *facts, *args)
             return
+        args = tuple(at(tiles[i], _Base(x)) if i in tiles else x for i, x in enumerate(args))
         metadata = compiled.launch_metadata(grid, stream, *args, *rest)
         run(*grid, stream, function, packed, metadata, enter, leave, *args, *rest)
 
     return start
 
 
+@cache
+def _opened(compiled: Any) -> tuple[Callable[..., None], Sequence[Any], bool, Any, Any]:
+    """Triton's launcher without what Python does around it at every launch, which takes several times as long: it asks
+    what the kernel needs (if that is no memory, the answer is always the same) and fills in descriptors.
+
+    Returns:
+        The launcher, what it takes behind grid and stream, whether it takes a kernel's arguments together (since Triton
+        3.7), what fills in a descriptor, and what that is told of each.
+    """
+    run, bare, fill, told = compiled.run, copy(compiled.run), None, None
+    if isfunction(run.launch):
+        around = getclosurevars(run.launch)
+        bare.launch, told = around.nonlocals["launcher"], around.nonlocals["tensordesc_meta"]
+        fill = {**around.globals, **around.nonlocals}["make_tensordesc_arg"]
+    facts = (compiled.function, compiled.packed_metadata, None, None, None)
+    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return bare, facts, False, fill, told
+    heard: list[tuple[Any, ...]] = []
+    ear = copy(bare)
+    ear.launch = lambda *given: heard.append(given)
+    ear(1, 1, 1, 0, *facts, ear)
+    *facts, last = heard[0][4:]
+    return bare.launch, facts, last is not ear, fill, told
+
+
+class _Base(NamedTuple):
+    """What Triton reads the address of a descriptor from."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class _Filled:
+    """Arguments with what the copy engine is told of each descriptor, kept for addresses that come again."""
+
+    MOST = 32
+    """Sets of addresses."""
+
+    def __init__(self, tiles: dict[int, TensorDescriptor], fill: Any, told: Sequence[Any]) -> None:
+        self.tiles, self.fill, self.told = tiles, fill, dict(zip(tiles, told, strict=True))
+        self.first, self.end = min(tiles), max(tiles) + 1
+        self.ignored = [None] * (fill.__code__.co_argcount - 2)  # one since Triton 3.8
+        self.known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def __call__(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        key = args[self.first : self.end]
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) >= self.MOST:
+                self.known.clear()
+            found = self.known[key] = tuple(y for i, x in enumerate(key, self.first) for y in self._of(i, x))
+        return (*args[: self.first], *found, *args[self.end :])
+
+    def _of(self, i: int, x: Any) -> Sequence[Any]:
+        return self.fill(at(self.tiles[i], _Base(x)), self.told[i], *self.ignored) if i in self.tiles else [x]
+
+
+def at(look: TensorDescriptor, base: Any) -> TensorDescriptor:
+    """A descriptor of other memory that looks alike. (To make one anew is to have it judged anew.)"""
+    other = object.__new__(TensorDescriptor)
+    other.__dict__.update(look.__dict__, base=base)
+    return other
+
+
 def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], **options: int) -> None:
-    """Run ``kernel`` on the current stream of the device of its first argument; as :func:`bind` has it."""
-    if isinstance(kernel, InterpretedFunction):
-        kernel[grid](*args, **constants)
-        return
-    start = bind(kernel, grid, args, constants, **options)
-    start(*(x.data_ptr() if isinstance(x, Tensor) else x for x in args))
+    """Run ``kernel`` on the current stream of the device of its tensors; as :func:`bind` has it."""
+    bind(kernel, grid, args, constants, **options)(*map(address, args))
 
 
-def _trait(x: Tensor | TensorDescriptor | float | None) -> object:
+class Launches:
+    """The kernels that a call starts, one after the other, bound to what its tensors look like: :meth:`bound` takes the
+    addresses of those ``given``, in their order. Other tensors that a kernel takes have to stay where they are.
+    """
+
+    def __init__(self, *given: Tensor | None) -> None:
+        self._given = given
+        self._parts: list[Tensor] = []
+        self._starts: list[tuple[Start, list[Any]]] = []
+
+    def scratch(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory for the time of a call; gives what stands for it."""
+        self._parts.append(torch.empty(shape, dtype=dtype, device="meta"))
+        return self._parts[-1]
+
+    def add(
+        self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], **options: Any
+    ) -> None:
+        """One kernel more, unless its grid is empty; as :func:`bind` has it, with all numbers bound."""
+        memory = [x.base if isinstance(x, TensorDescriptor) else x for x in args if not isinstance(x, (int, float))]
+        if 0 not in grid:
+            start = bind(kernel, grid, args, constants, bound=len(args) - len(memory), **options)
+            self._starts.append((start, memory))
+
+    def bound(self) -> Start:
+        """All of them as one, which keeps no tensor of the call."""
+        known = {id(x) for x in (*self._given, *self._parts)}
+        fixed = [x for _, memory in self._starts for x in memory if id(x) not in known]
+        place = {id(x): i for i, x in enumerate((*self._given, *fixed, *self._parts))}
+        starts = [(start, itemgetter(*(place[id(x)] for x in memory))) for start, memory in self._starts]
+        parts, stay = self._parts, tuple(map(address, fixed))
+        *offsets, size = accumulate((-(-x.nbytes // 256) * 256 for x in parts), initial=0)
+        like = next(x for x in self._given if x is not None).new_empty(0, dtype=torch.uint8)
+
+        def run(*given: Any) -> None:
+            room = like.new_empty(size) if size else like
+            begin = room.data_ptr()
+            if room.is_cuda:
+                memory = (*given, *stay, *[begin + offset for offset in offsets])
+            else:
+                own = (room[i : i + x.nbytes].view(x.dtype).view(x.shape) for i, x in zip(offsets, parts, strict=True))
+                memory = (*given, *stay, *own)
+            for start, chosen in starts:
+                start(*chosen(memory))
+
+        return run
+
+
+def _trait(x: Any) -> object:
     """What Triton compiles for: a tensor's dtype and whether it begins at a multiple of 16 bytes; what the copy engine
-    takes of a tensor at once; a number's type and size, whether it is 1, whether 16 divides it.
+    takes of a tensor at once; a number's type.
     """
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if x is None or isinstance(x, float):
         return type(x)
-    if isinstance(x, TensorDescriptor):
-        return x.base.dtype, *x.block_shape
+    return x.base.dtype, *x.block_shape
+
+
+@lru_cache(1 << 14)
+def _number(x: int) -> object:
+    """The same of a whole number: whether it is 1, whether 16 divides it, its size."""
     return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
 
 

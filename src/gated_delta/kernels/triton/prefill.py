@@ -8,11 +8,11 @@ import triton
 from torch import Tensor
 
 from gated_delta.errors import BackendError
-from gated_delta.kernels.triton.launch import launch, strides
+from gated_delta.kernels.triton.launch import Launches, Start, strides
 from gated_delta.kernels.triton.prefill_chain import chain
 from gated_delta.kernels.triton.prefill_prepare import CHUNK, VECTORS, prepare
 from gated_delta.kernels.triton.prefill_tokens import by_tokens
-from gated_delta.library import Prefill
+from gated_delta.library import Prefill, tensors
 
 
 class Tiles(NamedTuple):
@@ -63,7 +63,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def prefill(call: Prefill) -> None:
+def bound_prefill(call: Prefill) -> Start:
+    """The operator, which takes the addresses of its tensors."""
+    launches = Launches(*tensors(call))
     q, k, v, cu_seqlens, output, source = call.q, call.k, call.v, call.cu_seqlens, call.output, call.source
     (total, heads, head_v), head_k, count = output.shape, q.shape[2], cu_seqlens.shape[0] - 1
     if count > MOST_SEQUENCES:
@@ -79,7 +81,7 @@ def prefill(call: Prefill) -> None:
         limits = _shared_memory(q.device), _processors(q.device)
         tiles = chain_tiles(head_k, head_v, count * heads, total <= count * CHUNK, *limits)
         kernel, behind = chain, ()
-        before, gates = _prepared(call, ratios, gates), {}
+        before, gates = _prepared(call, launches, ratios, gates), {}
     args = (
         q, k, v, *before, cu_seqlens, call.state_indices, source, call.has_initial_state, call.final_state,
         call.checkpoints, call.checkpoint_starts, output, call.scale, call.null_slot, total, count,
@@ -95,17 +97,19 @@ def prefill(call: Prefill) -> None:
     }  # fmt: skip
     # Where padding is to be zero, one more sequence: the tokens behind the last.
     grid = (-(-head_v // tiles.columns), heads, count + call.zero_padding)
-    if grid[2] > 0:
-        launch(kernel, grid, args, constants, warps=tiles.warps, stages=tiles.stages)
+    launches.add(kernel, grid, args, constants, warps=tiles.warps, stages=tiles.stages)
+    return launches.bound()
 
 
-def _prepared(call: Prefill, ratios: dict[str, int], gates: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _prepared(
+    call: Prefill, launches: Launches, ratios: dict[str, int], gates: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """What every chunk does: X^T and P', and their vectors."""
     q, k, g, beta, cu_seqlens, slots_of = call.q, call.k, call.g, call.beta, call.cu_seqlens, call.state_indices
     count, (total, _, head_k), heads = cu_seqlens.shape[0] - 1, q.shape, q.shape[1] * ratios["RQ"]
     slots = total // CHUNK + count
-    work = q.new_empty(slots, heads, head_k + CHUNK, CHUNK)
-    vectors = q.new_empty(slots, heads, VECTORS, dtype=torch.float32)
+    work = launches.scratch(slots, heads, head_k + CHUNK, CHUNK, dtype=q.dtype)
+    vectors = launches.scratch(slots, heads, VECTORS, dtype=torch.float32)
     args = (
         q, k, g, beta, cu_seqlens, slots_of, work, vectors, call.null_slot, count,
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0), *strides(beta, 0), *strides(cu_seqlens, 0),
@@ -114,5 +118,5 @@ def _prepared(call: Prefill, ratios: dict[str, int], gates: dict[str, Any]) -> t
     columns = min(PREPARE.columns, triton.next_power_of_2(head_k))
     constants = {**ratios, "K": head_k, "BC": columns, **gates}
     if count > 0:
-        launch(prepare, (slots, heads), args, constants, warps=PREPARE.warps, stages=PREPARE.stages)
+        launches.add(prepare, (slots, heads), args, constants, warps=PREPARE.warps, stages=PREPARE.stages)
     return work, vectors

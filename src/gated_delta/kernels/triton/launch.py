@@ -7,9 +7,7 @@ alone. It calls the compiled kernel as ``JITFunction.run`` does (unchanged from 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
-from functools import cache, lru_cache
-from inspect import getclosurevars, isfunction
+from functools import lru_cache
 from itertools import accumulate
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -93,49 +91,22 @@ def _start(
 ) -> Start:
     run, function, packed, runtime = compiled.run, compiled.function, compiled.packed_metadata, knobs.runtime
     current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
-    bare, facts, together, *fill = _opened(compiled)
-    filled = _Filled(tiles, *fill) if tiles else None
 
     def start(*args: Any) -> None:
         if current_device() != device:
             with torch.cuda.device(device):
                 start(*args)
             return
+        if tiles:
+            args = tuple([at(tiles[i], _Base(x)) if i in tiles else x for i, x in enumerate(args)])
         stream, enter, leave = current_stream(device), runtime.launch_enter_hook, runtime.launch_exit_hook
         if not enter.calls and not leave.calls:  # nobody profiles
-            args = (*(args if filled is None else filled(args)), *rest)
-            bare(*grid, stream, *facts, args) if together else bare(*grid, stream, *facts, *args)
+            run(*grid, stream, function, packed, None, None, None, *args, *rest)
             return
-        args = tuple(at(tiles[i], _Base(x)) if i in tiles else x for i, x in enumerate(args))
         metadata = compiled.launch_metadata(grid, stream, *args, *rest)
         run(*grid, stream, function, packed, metadata, enter, leave, *args, *rest)
 
     return start
-
-
-@cache
-def _opened(compiled: Any) -> tuple[Callable[..., None], Sequence[Any], bool, Any, Any]:
-    """Triton's launcher without what Python does around it at every launch, which takes several times as long: it asks
-    what the kernel needs (if that is no memory, the answer is always the same) and fills in descriptors.
-
-    Returns:
-        The launcher, what it takes behind grid and stream, whether it takes a kernel's arguments together (since Triton
-        3.7), what fills in a descriptor, and what that is told of each.
-    """
-    run, bare, fill, told = compiled.run, copy(compiled.run), None, None
-    if isfunction(run.launch):
-        around = getclosurevars(run.launch)
-        bare.launch, told = around.nonlocals["launcher"], around.nonlocals["tensordesc_meta"]
-        fill = {**around.globals, **around.nonlocals}["make_tensordesc_arg"]
-    facts = (compiled.function, compiled.packed_metadata, None, None, None)
-    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
-        return bare, facts, False, fill, told
-    heard: list[tuple[Any, ...]] = []
-    ear = copy(bare)
-    ear.launch = lambda *given: heard.append(given)
-    ear(1, 1, 1, 0, *facts, ear)
-    *facts, last = heard[0][4:]
-    return bare.launch, facts, last is not ear, fill, told
 
 
 class _Base(NamedTuple):
@@ -145,31 +116,6 @@ class _Base(NamedTuple):
 
     def data_ptr(self) -> int:
         return self.address
-
-
-class _Filled:
-    """Arguments with what the copy engine is told of each descriptor, kept for addresses that come again."""
-
-    MOST = 32
-    """Sets of addresses."""
-
-    def __init__(self, tiles: dict[int, TensorDescriptor], fill: Any, told: Sequence[Any]) -> None:
-        self.tiles, self.fill, self.told = tiles, fill, dict(zip(tiles, told, strict=True))
-        self.first, self.end = min(tiles), max(tiles) + 1
-        self.ignored = [None] * (fill.__code__.co_argcount - 2)  # one since Triton 3.8
-        self.known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-
-    def __call__(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        key = args[self.first : self.end]
-        found = self.known.get(key)
-        if found is None:
-            if len(self.known) >= self.MOST:
-                self.known.clear()
-            found = self.known[key] = tuple(y for i, x in enumerate(key, self.first) for y in self._of(i, x))
-        return (*args[: self.first], *found, *args[self.end :])
-
-    def _of(self, i: int, x: Any) -> Sequence[Any]:
-        return self.fill(at(self.tiles[i], _Base(x)), self.told[i], *self.ignored) if i in self.tiles else [x]
 
 
 def at(look: TensorDescriptor, base: Any) -> TensorDescriptor:

@@ -1,7 +1,6 @@
 """The causal convolution by the signatures of Dao's causal-conv1d (1.7.0), which Transformers speaks, too.
 
-An ``ArgumentError`` meets what is not served: seq_idx (``gated_delta.causal_conv1d`` takes cu_seqlens), cache_seqlens
-(a ring), and a pool with more than W-1 columns.
+An ``ArgumentError`` meets what is not served: seq_idx, cache_seqlens, and a pool with more than W-1 columns.
 """
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 
 import gated_delta
 from gated_delta.errors import ShapeError
-from gated_delta.validation.arguments import FLOATS, Arguments
+from gated_delta.interop import arguments
+from gated_delta.validation.arguments import FLOATS
 
 
 def packed(x: Tensor) -> Tensor:
@@ -29,8 +29,7 @@ def causal_conv1d_fn(
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """From x ``[B, D, T]`` and states ``[B, D, W-1]`` the same shape as x; with ``return_final_states`` a pair."""
-    args = Arguments("causal_conv1d_fn")
-    args.excluded("seq_idx", seq_idx is not None, "gated_delta.causal_conv1d takes packed sequences, by cu_seqlens")
+    args = arguments("causal_conv1d_fn", locals())
     args.tensor("x", x, "B D T", FLOATS, any_stride=True)
     args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
     batch, dim, tokens = x.shape
@@ -51,8 +50,7 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One token ``[B, D]`` or several ``[B, D, T]``; conv_state ``[B, D, C]`` moves left, they come in on its right."""
-    args = Arguments("causal_conv1d_update")
-    args.excluded("cache_seqlens", cache_seqlens is not None, "a state is a window here, not a ring")
+    args = arguments("causal_conv1d_update", locals())
     args.tensor("x", x, "B D T" if x.dim() == 3 else "B D", FLOATS, any_stride=True)
     args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
     args.tensor("conv_state", conv_state, f"{'B' if conv_state_indices is None else 'P'} D C", FLOATS, any_stride=True)

@@ -7,25 +7,21 @@
 Every error is an ``ArgumentError``, which names the argument, what it is and what it must be.
 """
 
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import gated_delta
 from gated_delta import reference
 from gated_delta.errors import OptionError, ShapeError
-from gated_delta.interop import conv
+from gated_delta.interop import arguments, conv
 from gated_delta.interop.conv import equal_lengths, packed
-from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
+from gated_delta.validation.arguments import FLOATS, INDICES
 
 Result = tuple[Tensor, Tensor | None]
-
-_REFUSED = {
-    "gk": "a decay for every key channel is another rule (KDA)",
-    "gv": "a decay for every value channel is another rule",
-    "cp_context": "a sequence stays on one device here",
-    "transpose_state_layout": "its name is state_v_first",
-    "seq_idx": "cu_seqlens cuts packed sequences",
-}
 
 
 def chunk_gated_delta_rule(
@@ -37,13 +33,7 @@ def chunk_gated_delta_rule(
     dt_bias: Tensor | None = None, chunk_size: int = 64, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None; cu_seqlens_cpu, chunk_indices, chunk_size change no result."""
-    args = Arguments("fla.chunk_gated_delta_rule")
-    for name, value in (("cp_context", cp_context), ("transpose_state_layout", transpose_state_layout)):
-        args.excluded(name, value is not None, _REFUSED[name])
-    return _rule(
-        args, False, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
-    )  # fmt: skip
+    return _rule("fla.chunk_gated_delta_rule", locals())
 
 
 def fused_recurrent_gated_delta_rule(
@@ -55,70 +45,59 @@ def fused_recurrent_gated_delta_rule(
     *, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None."""
-    args = Arguments("fla.fused_recurrent_gated_delta_rule")
-    for name, value in (("gk", gk), ("gv", gv), ("transpose_state_layout", transpose_state_layout)):
-        args.excluded(name, value is not None, _REFUSED[name])
-    return _rule(
-        args, True, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
-    )  # fmt: skip
+    return _rule("fla.fused_recurrent_gated_delta_rule", locals(), recurrent=True)
 
 
-def _check(
-    args: Arguments, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    cu_seqlens: Tensor | None, initial_state: Tensor | None, v_first: bool,
-) -> None:  # fmt: skip
-    """Shapes, which our operators would name by their own words."""
-    for name, value, heads in (("q", q, "H K"), ("k", k, "H K"), ("v", v, "HV V")):
-        args.tensor(name, value, f"B T {heads}", FLOATS, any_stride=True)
-    for name, value in (("g", g), ("beta", beta)):
-        args.optional(name, value, "B T HV", FLOATS, any_stride=True)
-    if cu_seqlens is not None and q.shape[0] != 1:
-        raise ShapeError(args.where, "q", f"of {q.shape[0]} rows", "of 1 row, which cu_seqlens cuts into sequences")
-    args.optional("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    states = f"{'B' if cu_seqlens is None else 'N'} HV {'V K' if v_first else 'K V'}"
-    args.optional("initial_state", initial_state, states, FLOATS, any_stride=True)
-
-
-def _rule(
-    args: Arguments, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    scale: float | None, state: Tensor | None, keep: bool, l2norm: bool, raw_gate: bool, A_log: Tensor | None,
-    dt_bias: Tensor | None, raw_beta: bool, doubled: bool, v_first: bool, cu_seqlens: Tensor | None,
-) -> Result:  # fmt: skip
+def _rule(where: str, given: Mapping[str, Any], recurrent: bool = False) -> Result:
     """Both functions: raw gates of equal sequences may go to a recurrent operator, the rest to the chunked one."""
-    _check(args, q, k, v, g, beta, cu_seqlens, state, v_first)
-    if doubled and not raw_beta:
-        must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
-        raise OptionError(args.where, "allow_neg_eigval", True, must)
-    batch, tokens, heads, head_v = v.shape
-    states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, head_v, q.shape[-1])
-    state = state if state is None or v_first else state.mT
-    if raw_gate:
-        for name, value in (("g", g), ("A_log", A_log)):
-            args.needed(name, value is not None, "use_gate_in_kernel makes the decay from it")
-        assert g is not None and A_log is not None
-        A_log, dt_bias = A_log.float(), torch.zeros_like(A_log) if dt_bias is None else dt_bias
-        if recurrent and raw_beta and beta is not None and cu_seqlens is None and tokens:
-            final = v.new_zeros(states, dtype=torch.float32)
+    c = SimpleNamespace(**given)
+    _check(where, c)
+    batch, tokens, heads, head_v = c.v.shape
+    states = (batch if c.cu_seqlens is None else len(c.cu_seqlens) - 1, heads, head_v, c.q.shape[-1])
+    state = c.initial_state if c.initial_state is None or c.state_v_first else c.initial_state.mT
+    g, beta, l2norm, raw_beta = c.g, c.beta, c.use_qk_l2norm_in_kernel, c.use_beta_sigmoid_in_kernel
+    if c.use_gate_in_kernel:
+        A_log, dt_bias = c.A_log.float(), torch.zeros_like(c.A_log) if c.dt_bias is None else c.dt_bias
+        if recurrent and raw_beta and beta is not None and c.cu_seqlens is None and tokens:
+            final = c.v.new_zeros(states, dtype=torch.float32)
             if state is not None:
                 final.copy_(state)  # the operator writes its states
             output, _ = gated_delta.gated_delta_rule_decode_pretranspose(
-                packed(q[None]), packed(k[None]), packed(v[None]), final, A_log, packed(g[None]), dt_bias,
-                packed(beta[None]), scale, use_qk_l2norm=l2norm, allow_neg_eigval=doubled,
+                packed(c.q[None]), packed(c.k[None]), packed(c.v[None]), final, A_log, packed(g[None]), dt_bias,
+                packed(beta[None]), c.scale, use_qk_l2norm=l2norm, allow_neg_eigval=c.allow_neg_eigval,
             )  # fmt: skip
-            return output, (final if v_first else final.mT) if keep else None
+            return output, (final if c.state_v_first else final.mT) if c.output_final_state else None
         g = reference.decay(A_log, g, dt_bias)
     if raw_beta and beta is not None:
-        beta = reference.write_strength(beta, allow_neg_eigval=doubled)
-    final = v.new_empty(states, dtype=torch.float32) if keep else None
+        beta = reference.write_strength(beta, allow_neg_eigval=c.allow_neg_eigval)
+    final = c.v.new_empty(states, dtype=torch.float32) if c.output_final_state else None
     output = gated_delta.chunk_gated_delta_rule(
-        packed(q), packed(k), packed(v), None if g is None else packed(g).float(),
-        None if beta is None else packed(beta).float(), scale, None if state is None else packed(state[None]),
-        cu_seqlens=equal_lengths(batch, tokens, q.device) if cu_seqlens is None else cu_seqlens,
-        use_qk_l2norm_in_kernel=l2norm, output_state=final, g_space="linear" if raw_gate else "log",
+        packed(c.q), packed(c.k), packed(c.v), None if g is None else packed(g).float(),
+        None if beta is None else packed(beta).float(), c.scale, None if state is None else packed(state[None]),
+        cu_seqlens=equal_lengths(batch, tokens, c.q.device) if c.cu_seqlens is None else c.cu_seqlens,
+        use_qk_l2norm_in_kernel=l2norm, output_state=final, g_space="linear" if c.use_gate_in_kernel else "log",
     )  # fmt: skip
     assert isinstance(output, Tensor)
-    return output.unflatten(0, (batch, tokens)), final if final is None or v_first else final.mT
+    return output.unflatten(0, (batch, tokens)), final if final is None or c.state_v_first else final.mT
+
+
+def _check(where: str, c: Any) -> None:
+    """Shapes, which our operators would name by their own words, and combinations."""
+    args = arguments(where, vars(c))
+    for name, heads in (("q", "H K"), ("k", "H K"), ("v", "HV V")):
+        args.tensor(name, getattr(c, name), f"B T {heads}", FLOATS, any_stride=True)
+    for name in ("g", "beta"):
+        args.optional(name, getattr(c, name), "B T HV", FLOATS, any_stride=True)
+    if c.cu_seqlens is not None and len(c.q) != 1:
+        raise ShapeError(where, "q", f"of {len(c.q)} rows", "of 1 row, which cu_seqlens cuts into sequences")
+    args.optional("cu_seqlens", c.cu_seqlens, "N+1", INDICES, any_stride=True)
+    states = f"{'B' if c.cu_seqlens is None else 'N'} HV {'V K' if c.state_v_first else 'K V'}"
+    args.optional("initial_state", c.initial_state, states, FLOATS, any_stride=True)
+    if c.allow_neg_eigval and not c.use_beta_sigmoid_in_kernel:
+        must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
+        raise OptionError(where, "allow_neg_eigval", True, must)
+    for name in ("g", "A_log") if c.use_gate_in_kernel else ():
+        args.needed(name, getattr(c, name) is not None, "use_gate_in_kernel makes the decay from it")
 
 
 def causal_conv1d(
@@ -131,9 +110,7 @@ def causal_conv1d(
 
     residual is added behind the activation; backend, cu_seqlens_cpu and chunk_indices change no result.
     """
-    args = Arguments("fla.causal_conv1d")
-    for name, value in (("cp_context", cp_context), ("seq_idx", seq_idx)):
-        args.excluded(name, value is not None, _REFUSED[name])
+    args = arguments("fla.causal_conv1d", locals())
     args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
     assert weight is not None
     args.tensor("x", x if x.dim() == 3 else x.flatten(2), "B T D", FLOATS, any_stride=True)
@@ -163,7 +140,7 @@ def causal_conv1d_update(
     bias: Tensor | None = None, activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token a row, ``[N, D]``, ``[1, N, D]`` or ``[N, 1, D]``; cache ``[N, D, W]`` is written, and returned."""
-    args = Arguments("fla.causal_conv1d_update")
+    args = arguments("fla.causal_conv1d_update", locals())
     args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
     args.tensor("cache", cache, "N D W", FLOATS, any_stride=True)
     assert weight is not None

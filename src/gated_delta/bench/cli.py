@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -134,21 +133,11 @@ def _make_folder(out: Path) -> None:
         raise OptionError("bench", "--out", f"{out} ({error.strerror})", "a folder, or a name for a new one") from error
 
 
-@contextmanager
-def progress(words: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar, and a function that moves it on, by 1 or more."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(words, total=total)
-        yield lambda steps=1: bar.advance(task, steps)
-
-
 def shown(steps: Iterable[T], words: str, total: int) -> Iterator[T]:
     """Go through so many steps with a bar."""
-    with progress(words, total) as advance:
-        for step in steps:
-            yield step
-            advance()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        yield from bar.track(steps, total=total, description=words)
 
 
 def _say(line: str) -> None:

@@ -23,6 +23,17 @@ def equal_lengths(batch: int, tokens: int, device: torch.device) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
 
 
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor | None, activation: str | None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Rows of ``x [B, T, D]``, or with B = 1 what ``cu_seqlens`` cuts; ``states [N, D, W-1]`` are written."""
+    return gated_delta.causal_conv1d(
+        packed(x), weight, bias, conv_states=states, state_indices=None, has_initial_state=None, activation=activation,
+        cu_seqlens=equal_lengths(x.shape[0], x.shape[1], x.device) if cu_seqlens is None else cu_seqlens,
+    ).view(x.shape)  # fmt: skip
+
+
 def causal_conv1d_fn(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: Tensor | None = None,
     initial_states: Tensor | None = None, return_final_states: bool = False, final_states_out: Tensor | None = None,
@@ -32,14 +43,10 @@ def causal_conv1d_fn(
     args = arguments("causal_conv1d_fn", locals())
     args.tensor("x", x, "B D T", FLOATS, any_stride=True)
     args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
-    batch, dim, tokens = x.shape
     states = None if initial_states is None else initial_states.clone()
     if return_final_states and states is None:
-        states = x.new_zeros(batch, dim, weight.shape[1] - 1)
-    y = gated_delta.causal_conv1d(
-        packed(x.mT), weight, bias, conv_states=states, cu_seqlens=equal_lengths(batch, tokens, x.device),
-        state_indices=None, has_initial_state=None, activation=activation,
-    ).view(batch, tokens, dim).mT  # fmt: skip
+        states = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)
+    y = convolved(x.mT, weight, bias, states, activation).mT
     if states is None or not return_final_states:
         return y
     return y, states if final_states_out is None else final_states_out.copy_(states)

@@ -7,10 +7,6 @@
 Every error is an ``ArgumentError``, which names the argument, what it is and what it must be.
 """
 
-from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,7 +15,7 @@ from gated_delta import reference
 from gated_delta.errors import OptionError, ShapeError
 from gated_delta.interop import arguments, conv
 from gated_delta.interop.conv import equal_lengths, packed
-from gated_delta.validation.arguments import FLOATS, INDICES
+from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -33,7 +29,11 @@ def chunk_gated_delta_rule(
     dt_bias: Tensor | None = None, chunk_size: int = 64, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None; cu_seqlens_cpu, chunk_indices, chunk_size change no result."""
-    return _rule("fla.chunk_gated_delta_rule", locals())
+    args = arguments("fla.chunk_gated_delta_rule", locals())
+    return _rule(
+        args, False, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
+    )  # fmt: skip
 
 
 def fused_recurrent_gated_delta_rule(
@@ -45,59 +45,68 @@ def fused_recurrent_gated_delta_rule(
     *, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None."""
-    return _rule("fla.fused_recurrent_gated_delta_rule", locals(), recurrent=True)
+    args = arguments("fla.fused_recurrent_gated_delta_rule", locals())
+    return _rule(
+        args, True, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
+    )  # fmt: skip
 
 
-def _rule(where: str, given: Mapping[str, Any], recurrent: bool = False) -> Result:
+def _check(
+    args: Arguments, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
+    cu_seqlens: Tensor | None, initial_state: Tensor | None, v_first: bool,
+) -> None:  # fmt: skip
+    """Shapes, which our operators would name by their own words."""
+    for name, value, heads in (("q", q, "H K"), ("k", k, "H K"), ("v", v, "HV V")):
+        args.tensor(name, value, f"B T {heads}", FLOATS, any_stride=True)
+    for name, value in (("g", g), ("beta", beta)):
+        args.optional(name, value, "B T HV", FLOATS, any_stride=True)
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ShapeError(args.where, "q", f"of {q.shape[0]} rows", "of 1 row, which cu_seqlens cuts into sequences")
+    args.optional("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
+    states = f"{'B' if cu_seqlens is None else 'N'} HV {'V K' if v_first else 'K V'}"
+    args.optional("initial_state", initial_state, states, FLOATS, any_stride=True)
+
+
+def _rule(
+    args: Arguments, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
+    scale: float | None, state: Tensor | None, keep: bool, l2norm: bool, raw_gate: bool, A_log: Tensor | None,
+    dt_bias: Tensor | None, raw_beta: bool, doubled: bool, v_first: bool, cu_seqlens: Tensor | None,
+) -> Result:  # fmt: skip
     """Both functions: raw gates of equal sequences may go to a recurrent operator, the rest to the chunked one."""
-    c = SimpleNamespace(**given)
-    _check(where, c)
-    batch, tokens, heads, head_v = c.v.shape
-    states = (batch if c.cu_seqlens is None else len(c.cu_seqlens) - 1, heads, head_v, c.q.shape[-1])
-    state = c.initial_state if c.initial_state is None or c.state_v_first else c.initial_state.mT
-    g, beta, l2norm, raw_beta = c.g, c.beta, c.use_qk_l2norm_in_kernel, c.use_beta_sigmoid_in_kernel
-    if c.use_gate_in_kernel:
-        A_log, dt_bias = c.A_log.float(), torch.zeros_like(c.A_log) if c.dt_bias is None else c.dt_bias
-        if recurrent and raw_beta and beta is not None and c.cu_seqlens is None and tokens:
-            final = c.v.new_zeros(states, dtype=torch.float32)
+    _check(args, q, k, v, g, beta, cu_seqlens, state, v_first)
+    if doubled and not raw_beta:
+        must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
+        raise OptionError(args.where, "allow_neg_eigval", True, must)
+    batch, tokens, heads, head_v = v.shape
+    states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, head_v, q.shape[-1])
+    state = state if state is None or v_first else state.mT
+    if raw_gate:
+        for name, value in (("g", g), ("A_log", A_log)):
+            args.needed(name, value is not None, "use_gate_in_kernel makes the decay from it")
+        assert g is not None and A_log is not None
+        A_log, dt_bias = A_log.float(), torch.zeros_like(A_log) if dt_bias is None else dt_bias
+        if recurrent and raw_beta and beta is not None and cu_seqlens is None and tokens:
+            final = v.new_zeros(states, dtype=torch.float32)
             if state is not None:
                 final.copy_(state)  # the operator writes its states
             output, _ = gated_delta.gated_delta_rule_decode_pretranspose(
-                packed(c.q[None]), packed(c.k[None]), packed(c.v[None]), final, A_log, packed(g[None]), dt_bias,
-                packed(beta[None]), c.scale, use_qk_l2norm=l2norm, allow_neg_eigval=c.allow_neg_eigval,
+                packed(q[None]), packed(k[None]), packed(v[None]), final, A_log, packed(g[None]), dt_bias,
+                packed(beta[None]), scale, use_qk_l2norm=l2norm, allow_neg_eigval=doubled,
             )  # fmt: skip
-            return output, (final if c.state_v_first else final.mT) if c.output_final_state else None
+            return output, (final if v_first else final.mT) if keep else None
         g = reference.decay(A_log, g, dt_bias)
     if raw_beta and beta is not None:
-        beta = reference.write_strength(beta, allow_neg_eigval=c.allow_neg_eigval)
-    final = c.v.new_empty(states, dtype=torch.float32) if c.output_final_state else None
+        beta = reference.write_strength(beta, allow_neg_eigval=doubled)
+    final = v.new_empty(states, dtype=torch.float32) if keep else None
     output = gated_delta.chunk_gated_delta_rule(
-        packed(c.q), packed(c.k), packed(c.v), None if g is None else packed(g).float(),
-        None if beta is None else packed(beta).float(), c.scale, None if state is None else packed(state[None]),
-        cu_seqlens=equal_lengths(batch, tokens, c.q.device) if c.cu_seqlens is None else c.cu_seqlens,
-        use_qk_l2norm_in_kernel=l2norm, output_state=final, g_space="linear" if c.use_gate_in_kernel else "log",
+        packed(q), packed(k), packed(v), None if g is None else packed(g).float(),
+        None if beta is None else packed(beta).float(), scale, None if state is None else packed(state[None]),
+        cu_seqlens=equal_lengths(batch, tokens, q.device) if cu_seqlens is None else cu_seqlens,
+        use_qk_l2norm_in_kernel=l2norm, output_state=final, g_space="linear" if raw_gate else "log",
     )  # fmt: skip
     assert isinstance(output, Tensor)
-    return output.unflatten(0, (batch, tokens)), final if final is None or c.state_v_first else final.mT
-
-
-def _check(where: str, c: Any) -> None:
-    """Shapes, which our operators would name by their own words, and combinations."""
-    args = arguments(where, vars(c))
-    for name, heads in (("q", "H K"), ("k", "H K"), ("v", "HV V")):
-        args.tensor(name, getattr(c, name), f"B T {heads}", FLOATS, any_stride=True)
-    for name in ("g", "beta"):
-        args.optional(name, getattr(c, name), "B T HV", FLOATS, any_stride=True)
-    if c.cu_seqlens is not None and len(c.q) != 1:
-        raise ShapeError(where, "q", f"of {len(c.q)} rows", "of 1 row, which cu_seqlens cuts into sequences")
-    args.optional("cu_seqlens", c.cu_seqlens, "N+1", INDICES, any_stride=True)
-    states = f"{'B' if c.cu_seqlens is None else 'N'} HV {'V K' if c.state_v_first else 'K V'}"
-    args.optional("initial_state", c.initial_state, states, FLOATS, any_stride=True)
-    if c.allow_neg_eigval and not c.use_beta_sigmoid_in_kernel:
-        must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
-        raise OptionError(where, "allow_neg_eigval", True, must)
-    for name in ("g", "A_log") if c.use_gate_in_kernel else ():
-        args.needed(name, getattr(c, name) is not None, "use_gate_in_kernel makes the decay from it")
+    return output.unflatten(0, (batch, tokens)), final if final is None or v_first else final.mT
 
 
 def causal_conv1d(
@@ -120,10 +129,7 @@ def causal_conv1d(
     args.optional("initial_state", initial_state, "N D W", FLOATS, any_stride=True)
     states, (dim, width) = initial_state, weight.shape
     states = rows.new_zeros(len(cu_seqlens) - 1, dim, width) if states is None else states
-    y = gated_delta.causal_conv1d(
-        rows, weight, bias, conv_states=states[..., 1:].clone(), cu_seqlens=cu_seqlens, state_indices=None,
-        has_initial_state=None, activation=activation,
-    ).view(x.shape)  # fmt: skip
+    y = conv.convolved(rows[None], weight, bias, states[..., 1:].clone(), activation, cu_seqlens).view(x.shape)
     y = y if residual is None else y + residual
     if not output_final_state:
         return y, None

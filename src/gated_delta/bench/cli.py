@@ -139,7 +139,7 @@ def shown(steps: Iterable[T], words: str, total: int) -> Iterator[T]:
     """Go through so many steps with a bar."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        yield from bar.track(steps, total, description=words)
+        yield from bar.track(steps, total=total, description=words)
 
 
 def _say(line: str) -> None:

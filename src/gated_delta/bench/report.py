@@ -15,9 +15,6 @@ from gated_delta.bench.records import ABSENT, CEILINGS, Row, cases_of
 COMPUTE_BOUND = 150
 """Operations a byte from which a rate of operations says more than a bandwidth."""
 
-NOISE_US = 20.0
-"""Cases shorter than this vary too much to judge a few per cent."""
-
 
 def tables(rows: Sequence[Row]) -> Group:
     """The machine, one table a group with what it comes to, what went wrong, and who was absent."""
@@ -124,17 +121,10 @@ def compared(before: Sequence[Row], after: Sequence[Row], threshold: float) -> G
             change = f"[{'red' if ratio > 1 else 'green'}]{100 * (ratio - 1):+.1f} %[/]"
             table.add_row(*key, number(old[key]), number(new[key]), change)
     lines = [f"{len(old.keys() - new.keys())} times only before, {len(new.keys() - old.keys())} only after"]
-    ours = {key: ratio for key, ratio in ratios.items() if key[-1] == OURS}
-    if ours:
-        slower, faster = (sum(sign * (ratio - 1) > threshold for ratio in ours.values()) for sign in (1, -1))
-        mean = 100 * (geometric_mean(ours.values()) - 1)
+    if ours := [ratio for key, ratio in ratios.items() if key[-1] == OURS]:
+        slower, faster = (sum(sign * (ratio - 1) > threshold for ratio in ours) for sign in (1, -1))
         lines.append(
             f"{OURS}: {slower} of {len(ours)} cases slower by more than {threshold:.0%}, {faster} faster; "
-            f"geometric mean {mean:+.1f} %"
+            f"geometric mean {100 * (geometric_mean(ours) - 1):+.1f} %"
         )
-    long = {key: 100 * (ratio - 1) for key, ratio in ours.items() if min(old[key], new[key]) >= NOISE_US}
-    if long:
-        largest = max(long, key=lambda key: abs(long[key]))
-        where = " ".join(filter(None, largest))
-        lines.append(f"largest change of a case over {NOISE_US:.0f} us: {long[largest]:+.1f} % ({where})")
     return Group(*([table] if table.row_count else []), *lines)

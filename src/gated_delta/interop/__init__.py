@@ -2,6 +2,34 @@
 
 import re
 import warnings
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from gated_delta.validation.arguments import Arguments
+
+_NOT_SERVED = {
+    "gk": "a decay for every key channel is another rule (KDA)",
+    "gv": "a decay for every value channel is another rule",
+    "cp_context": "a sequence stays on one device here",
+    "transpose_state_layout": "its name is state_v_first",
+    "seq_idx": "packed sequences are cut by cu_seqlens, which gated_delta.causal_conv1d takes",
+    "cache_seqlens": "a state is a window here, not a ring",
+    **dict.fromkeys(
+        ("block_idx_first_scheduled_token", "block_idx_last_scheduled_token", "initial_state_idx",
+         "num_computed_tokens", "block_size_to_align"), "a row has one slot here, whatever its length",
+    ),
+}  # fmt: skip
+"""Parameters of other libraries that must be left out, and why."""
+
+
+def arguments(where: str, given: Mapping[str, object]) -> Arguments:
+    """The checks of a call with these parameters, after those of :data:`_NOT_SERVED`."""
+    args = Arguments(where)
+    for name, because in _NOT_SERVED.items():
+        value = given.get(name)
+        args.excluded(name, isinstance(value, Tensor) or bool(value), because)
+    return args
 
 
 def untested(version: str, first: str, last: str) -> str:

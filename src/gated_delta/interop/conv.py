@@ -1,7 +1,6 @@
 """The causal convolution by the signatures of Dao's causal-conv1d (1.7.0), which Transformers speaks, too.
 
-An ``ArgumentError`` meets what is not served: seq_idx (``gated_delta.causal_conv1d`` takes cu_seqlens), cache_seqlens
-(a ring), and a pool with more than W-1 columns.
+An ``ArgumentError`` meets what is not served: seq_idx, cache_seqlens, and a pool with more than W-1 columns.
 """
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 
 import gated_delta
 from gated_delta.errors import ShapeError
-from gated_delta.validation.arguments import FLOATS, Arguments
+from gated_delta.interop import arguments
+from gated_delta.validation.arguments import FLOATS
 
 
 def packed(x: Tensor) -> Tensor:
@@ -23,24 +23,30 @@ def equal_lengths(batch: int, tokens: int, device: torch.device) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
 
 
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor | None, activation: str | None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Rows of ``x [B, T, D]``, or with B = 1 what ``cu_seqlens`` cuts; ``states [N, D, W-1]`` are written."""
+    return gated_delta.causal_conv1d(
+        packed(x), weight, bias, conv_states=states, state_indices=None, has_initial_state=None, activation=activation,
+        cu_seqlens=equal_lengths(x.shape[0], x.shape[1], x.device) if cu_seqlens is None else cu_seqlens,
+    ).view(x.shape)  # fmt: skip
+
+
 def causal_conv1d_fn(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: Tensor | None = None,
     initial_states: Tensor | None = None, return_final_states: bool = False, final_states_out: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """From x ``[B, D, T]`` and states ``[B, D, W-1]`` the same shape as x; with ``return_final_states`` a pair."""
-    args = Arguments("causal_conv1d_fn")
-    args.excluded("seq_idx", seq_idx is not None, "gated_delta.causal_conv1d takes packed sequences, by cu_seqlens")
+    args = arguments("causal_conv1d_fn", locals())
     args.tensor("x", x, "B D T", FLOATS, any_stride=True)
     args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
-    batch, dim, tokens = x.shape
     states = None if initial_states is None else initial_states.clone()
     if return_final_states and states is None:
-        states = x.new_zeros(batch, dim, weight.shape[1] - 1)
-    y = gated_delta.causal_conv1d(
-        packed(x.mT), weight, bias, conv_states=states, cu_seqlens=equal_lengths(batch, tokens, x.device),
-        state_indices=None, has_initial_state=None, activation=activation,
-    ).view(batch, tokens, dim).mT  # fmt: skip
+        states = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)
+    y = convolved(x.mT, weight, bias, states, activation).mT
     if states is None or not return_final_states:
         return y
     return y, states if final_states_out is None else final_states_out.copy_(states)
@@ -51,8 +57,7 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One token ``[B, D]`` or several ``[B, D, T]``; conv_state ``[B, D, C]`` moves left, they come in on its right."""
-    args = Arguments("causal_conv1d_update")
-    args.excluded("cache_seqlens", cache_seqlens is not None, "a state is a window here, not a ring")
+    args = arguments("causal_conv1d_update", locals())
     args.tensor("x", x, "B D T" if x.dim() == 3 else "B D", FLOATS, any_stride=True)
     args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
     args.tensor("conv_state", conv_state, f"{'B' if conv_state_indices is None else 'P'} D C", FLOATS, any_stride=True)

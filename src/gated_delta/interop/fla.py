@@ -13,19 +13,11 @@ from torch import Tensor
 import gated_delta
 from gated_delta import reference
 from gated_delta.errors import OptionError, ShapeError
-from gated_delta.interop import conv
+from gated_delta.interop import arguments, conv
 from gated_delta.interop.conv import equal_lengths, packed
 from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
 
 Result = tuple[Tensor, Tensor | None]
-
-_REFUSED = {
-    "gk": "a decay for every key channel is another rule (KDA)",
-    "gv": "a decay for every value channel is another rule",
-    "cp_context": "a sequence stays on one device here",
-    "transpose_state_layout": "its name is state_v_first",
-    "seq_idx": "cu_seqlens cuts packed sequences",
-}
 
 
 def chunk_gated_delta_rule(
@@ -37,9 +29,7 @@ def chunk_gated_delta_rule(
     dt_bias: Tensor | None = None, chunk_size: int = 64, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None; cu_seqlens_cpu, chunk_indices, chunk_size change no result."""
-    args = Arguments("fla.chunk_gated_delta_rule")
-    for name, value in (("cp_context", cp_context), ("transpose_state_layout", transpose_state_layout)):
-        args.excluded(name, value is not None, _REFUSED[name])
+    args = arguments("fla.chunk_gated_delta_rule", locals())
     return _rule(
         args, False, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
         use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
@@ -55,9 +45,7 @@ def fused_recurrent_gated_delta_rule(
     *, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None."""
-    args = Arguments("fla.fused_recurrent_gated_delta_rule")
-    for name, value in (("gk", gk), ("gv", gv), ("transpose_state_layout", transpose_state_layout)):
-        args.excluded(name, value is not None, _REFUSED[name])
+    args = arguments("fla.fused_recurrent_gated_delta_rule", locals())
     return _rule(
         args, True, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
         use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
@@ -131,9 +119,7 @@ def causal_conv1d(
 
     residual is added behind the activation; backend, cu_seqlens_cpu and chunk_indices change no result.
     """
-    args = Arguments("fla.causal_conv1d")
-    for name, value in (("cp_context", cp_context), ("seq_idx", seq_idx)):
-        args.excluded(name, value is not None, _REFUSED[name])
+    args = arguments("fla.causal_conv1d", locals())
     args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
     assert weight is not None
     args.tensor("x", x if x.dim() == 3 else x.flatten(2), "B T D", FLOATS, any_stride=True)
@@ -143,10 +129,7 @@ def causal_conv1d(
     args.optional("initial_state", initial_state, "N D W", FLOATS, any_stride=True)
     states, (dim, width) = initial_state, weight.shape
     states = rows.new_zeros(len(cu_seqlens) - 1, dim, width) if states is None else states
-    y = gated_delta.causal_conv1d(
-        rows, weight, bias, conv_states=states[..., 1:].clone(), cu_seqlens=cu_seqlens, state_indices=None,
-        has_initial_state=None, activation=activation,
-    ).view(x.shape)  # fmt: skip
+    y = conv.convolved(rows[None], weight, bias, states[..., 1:].clone(), activation, cu_seqlens).view(x.shape)
     y = y if residual is None else y + residual
     if not output_final_state:
         return y, None
@@ -163,7 +146,7 @@ def causal_conv1d_update(
     bias: Tensor | None = None, activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token a row, ``[N, D]``, ``[1, N, D]`` or ``[N, 1, D]``; cache ``[N, D, W]`` is written, and returned."""
-    args = Arguments("fla.causal_conv1d_update")
+    args = arguments("fla.causal_conv1d_update", locals())
     args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
     args.tensor("cache", cache, "N D W", FLOATS, any_stride=True)
     assert weight is not None

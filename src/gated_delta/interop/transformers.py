@@ -111,11 +111,7 @@ def _conv(
 ) -> object:  # fmt: skip
     if cu_seq_lens_q is None:
         _ARGUMENTS.needed("cu_seq_lens_q", seq_idx is None, "seq_idx is, and the delta rule is cut by nothing else")
-        return conv.causal_conv1d_fn(hidden_states, weight, bias, activation=activation)
-    return gated_delta.causal_conv1d(
-        conv.packed(hidden_states.mT), weight, bias, conv_states=None, cu_seqlens=cu_seq_lens_q, state_indices=None,
-        has_initial_state=None, activation=activation,
-    ).mT[None]  # fmt: skip
+    return conv.convolved(hidden_states.mT, weight, bias, None, activation, cu_seq_lens_q).mT
 
 
 def _norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 import gated_delta
+from gated_delta.interop import arguments
 from gated_delta.interop.conv import packed
-from gated_delta.validation.arguments import FLOATS, Arguments
-
-_BLOCKS = "a row has one slot here, whatever its length"
+from gated_delta.validation.arguments import FLOATS
 
 
 def causal_conv1d_fn(
@@ -22,13 +21,8 @@ def causal_conv1d_fn(
     initial_state_idx: Tensor | None = None, num_computed_tokens: Tensor | None = None, block_size_to_align: int = 0,
 ) -> Tensor:  # fmt: skip
     """From packed x ``[D, L]`` the same; conv_states ``[P, D, >=W-1]``: read where has_initial_state, written."""
-    args = Arguments("vllm.causal_conv1d_fn")
+    args = arguments("vllm.causal_conv1d_fn", locals())
     args.word("pad_slot_id", pad_slot_id, (-1,), "-1: every negative slot is padding here")
-    args.excluded("block_idx_first_scheduled_token", block_idx_first_scheduled_token is not None, _BLOCKS)
-    args.excluded("block_idx_last_scheduled_token", block_idx_last_scheduled_token is not None, _BLOCKS)
-    args.excluded("initial_state_idx", initial_state_idx is not None, _BLOCKS)
-    args.excluded("num_computed_tokens", num_computed_tokens is not None, _BLOCKS)
-    args.excluded("block_size_to_align", block_size_to_align != 0, _BLOCKS)
     args.tensor("x", x, "D L", FLOATS, any_stride=True)
     if has_initial_state is None:
         has_initial_state = torch.zeros(len(query_start_loc) - 1, dtype=torch.bool, device=x.device)
@@ -50,9 +44,7 @@ def causal_conv1d_update(
     """One token a row ``[N, D]``, several ``[N, D, T]``, or ragged rows ``[L, D]`` by query_start_loc; the result is
     written to ``out``, or to x where that is None.
     """
-    args = Arguments("vllm.causal_conv1d_update")
-    args.excluded("block_idx_last_scheduled_token", block_idx_last_scheduled_token is not None, _BLOCKS)
-    args.excluded("initial_state_idx", initial_state_idx is not None, _BLOCKS)
+    args = arguments("vllm.causal_conv1d_update", locals())
     spec = "N D T" if x.dim() == 3 else "N D" if query_start_loc is None else "L D"
     args.tensor("x", x, spec, FLOATS, any_stride=True)
     args.optional("out", out, spec, (x.dtype,), any_stride=True, written=True)

@@ -61,41 +61,25 @@ def _load(folder: Path) -> tuple[Any, Any]:
     version = importlib.metadata.version("transformers")
     if tested := untested(version, *TESTED):
         raise OptionError("generate", "transformers", version, f"{tested}, which it was tested with")
-    _check(folder)
     import transformers  # noqa: PLC0415 (an extra)
     from tokenizers import Tokenizer  # noqa: PLC0415 (comes with it)
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
+        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
+        if str(kind).removesuffix("_text") not in FAMILIES:
+            raise ValueError(f"model_type {kind}")
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True
+            folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+        if missing := sorted(loaded[1]["missing_keys"]):
+            raise ValueError(f"without {missing[0]}")
     except Exception as error:  # what damaged files raise is as many things as there are files
-        raise _wrong(folder, f"{type(error).__name__}: {error}", "a checkpoint that Transformers loads") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise _wrong(folder, f"without {missing[0]}", "a checkpoint with all weights")
-    return model, tokenizer
-
-
-def _check(folder: Path) -> None:
-    if not folder.is_dir():
-        raise OptionError("generate", "--model", folder, "an existing folder")
-    for name in ("config.json", "*.safetensors", "tokenizer.json"):
-        if not any(folder.glob(name)):
-            raise _wrong(folder, f"without {name}", "a folder with a Hugging Face checkpoint")
-    try:
-        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _wrong(folder, "no model_type in config.json", "a folder with a Hugging Face checkpoint") from error
-    if str(kind).removesuffix("_text") not in FAMILIES:
-        raise _wrong(folder, f"model_type {kind}", f"a checkpoint of {', '.join(FAMILIES)}")
-
-
-def _wrong(folder: Path, why: str, must: str) -> OptionError:
-    return OptionError("generate", "--model", f"{folder} ({why})", must)
+        was, must = f"{folder} ({type(error).__name__}: {error})", "a whole Hugging Face checkpoint of "
+        raise OptionError("generate", "--model", was, must + ", ".join(FAMILIES)) from error
+    return loaded[0], tokenizer
 
 
 def _measure(cache: Any, summary: Summary) -> None:

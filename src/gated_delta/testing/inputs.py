@@ -1,7 +1,7 @@
 """Random inputs for every operator, and the cases that the usual tests miss."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -112,12 +112,12 @@ def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
-def _negated(inputs: Inputs) -> Inputs:
-    return {**inputs, "q": -inputs["q"].abs(), "k": -inputs["k"].abs()}
+def _changed(inputs: Inputs, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Inputs:
+    return {**inputs, **{name: change(inputs[name]) for name in names}}
 
 
 def _constant_beta(inputs: Inputs, value: float) -> Inputs:
-    return {**inputs, "beta": torch.full_like(inputs["beta"], value)}
+    return _changed(inputs, ["beta"], lambda x: torch.full_like(x, value))
 
 
 def _sprinkled(inputs: Inputs, name: str, values: Sequence[float]) -> Inputs:
@@ -130,15 +130,8 @@ def _sprinkled(inputs: Inputs, name: str, values: Sequence[float]) -> Inputs:
 
 def _strided(inputs: Inputs) -> Inputs:
     """A token's q, k, v and gates as slices of wider buffers, as a fused projection leaves them."""
-    names = ("q", "k", "v", "g", "beta")
-    slices = {name: torch.cat((inputs[name], inputs[name]), dim=1)[:, : inputs[name].shape[1]] for name in names}
-    return {**inputs, **slices, "cu_seqlens": inputs["cu_seqlens"].repeat_interleave(2)[::2]}
-
-
-def _raw_norms(inputs: Inputs) -> Inputs:
-    """Q and k so short that a wrong epsilon in the L2 norm shows, to be normalised by the operator."""
-    short = {name: inputs[name] * 2e-3 for name in "qk"}
-    return {**inputs, **short, "use_qk_l2norm_in_kernel": True}
+    inputs = _changed(inputs, ("q", "k", "v", "g", "beta"), lambda x: torch.cat((x, x), dim=1)[:, : x.shape[1]])
+    return _changed(inputs, ["cu_seqlens"], lambda x: x.repeat_interleave(2)[::2])
 
 
 def _weak(tokens: int = 200, **options: Any) -> Inputs:
@@ -148,7 +141,7 @@ def _weak(tokens: int = 200, **options: Any) -> Inputs:
 BLIND_SPOTS: dict[str, Callable[[], Inputs]] = {
     "K != V": lambda: with_state(prefill_inputs([70, 130], head_k=96, head_v=192)),
     "K > V": lambda: with_state(prefill_inputs([70, 130], head_k=128, head_v=32)),
-    "all q and k negative": lambda: _negated(prefill_inputs([200])),
+    "all q and k negative": lambda: _changed(prefill_inputs([200]), "qk", lambda x: -x.abs()),
     "similar keys": lambda: _weak(similar_keys=True),
     "similar keys, beta 1": lambda: _constant_beta(_weak(similar_keys=True), 1.0),
     "similar keys, beta 2": lambda: _constant_beta(_weak(400, similar_keys=True), 2.0),
@@ -163,7 +156,10 @@ BLIND_SPOTS: dict[str, Callable[[], Inputs]] = {
     "beta all 0": lambda: _constant_beta(with_state(prefill_inputs([100])), 0.0),
     "empty sequences everywhere": lambda: with_state(prefill_inputs([0, 0, 65, 0, 1, 0, 64, 0])),
     "strided inputs": lambda: _strided(with_state(prefill_inputs([33, 100]))),
-    "l2norm of short vectors": lambda: _raw_norms(with_state(prefill_inputs([100]))),
+    # So short that a wrong epsilon shows.
+    "l2norm of short vectors": lambda: _changed(
+        with_state({**prefill_inputs([100]), "use_qk_l2norm_in_kernel": True}), "qk", lambda x: x * 2e-3
+    ),
     "scale 0": lambda: {**prefill_inputs([100]), "scale": 0.0},
 }
 """Named prefill inputs that a suite on friendly data would not try."""

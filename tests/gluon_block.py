@@ -25,7 +25,9 @@ import random
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,24 +64,33 @@ class Agent:
         self.tick()
 
 
-def stretch(data: Tensor) -> range:
-    """What a view covers of its allocation, with what lies between."""
-    last = sum((size - 1) * stride for size, stride in zip(data.shape, data.stride(), strict=True))
-    return range(data.storage_offset(), data.storage_offset() + last + 1)
+class Place(NamedTuple):
+    """What a view covers of its allocation."""
+
+    first: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
-def meet(a: range, b: range) -> bool:
-    return a.start < b.stop and b.start < a.stop
+@cache
+def elements(place: Place) -> frozenset[int]:
+    axes = ([step * i for i in range(size)] for size, step in zip(place.shape, place.stride, strict=True))
+    return frozenset(place.first + sum(at) for at in product(*axes))
+
+
+@cache
+def meet(a: Place, b: Place) -> bool:
+    return not elements(a).isdisjoint(elements(b))
 
 
 class Memory:
-    """An allocation of shared memory, and when which agent last used which stretch of it."""
+    """An allocation of shared memory, and when which agent last used which part of it."""
 
     def __init__(self) -> None:
-        self.uses: dict[range, dict[tuple[str, bool], int]] = {}
+        self.uses: dict[Place, dict[tuple[str, bool], int]] = {}
 
     def use(self, data: Tensor, agent: Agent, *, write: bool, fenced: bool = False) -> None:
-        own, doing = stretch(data), "writes" if write else "reads"
+        own, doing = Place(int(data.storage_offset()), tuple(data.shape), data.stride()), "writes" if write else "reads"
         for (name, wrote), time in (use for x, uses in self.uses.items() if meet(own, x) for use in uses.items()):
             if name != agent.name and (write or wrote) and agent.seen[name] < time:
                 done = "wrote" if wrote else "read"

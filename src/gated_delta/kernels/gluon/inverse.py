@@ -26,6 +26,8 @@ def layout_of(columns: int) -> gl.NVMMADistributedLayout:
 
 
 ACC = gl.constexpr(layout_of(64))
+BLOCKS = gl.constexpr(gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0]))
+"""Of blocks that threads write by rows and read by columns, from all banks."""
 
 
 @gluon.jit
@@ -129,7 +131,7 @@ def inverse(N, nothing, FINE: gl.constexpr):
     j = (gl.arange(0, 64, gl.SliceLayout(0, ACC)) // 16)[None, :]
     near = left_of(N * gl.where((i // 2 == j // 2) & (i < j), 1.0, 0.0), 16, FINE)
     far = left_of(N * gl.where(i // 2 < j // 2, 1.0, 0.0), 32, FINE)
-    sD = gl.allocate_shared_memory(gl.float32, [4, 16, 16], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    sD = gl.allocate_shared_memory(gl.float32, [4, 16, 16], BLOCKS)
     substitute(N, sD, nothing)
     diagonal = left_of(spread(sD, N, nothing), 16, FINE)
     x = sD.reshape([64, 16]).load(layout_of(16))

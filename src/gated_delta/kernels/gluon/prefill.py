@@ -21,13 +21,13 @@ from gated_delta.library import Prefill
 CHUNK = 64
 REGISTERS = {1: (40,), 2: (232, 40), 3: (160, 152, 40)}
 """By groups that compute: of a thread of the second that keeps 64 values, of one that prepares, of one that loads."""
-PREPARE_REGISTERS = 128
-"""Four programs of :func:`prepare` on a processor."""
+PREPARE_REGISTERS = {torch.bfloat16: 96, torch.float16: 128}
+"""Five programs of :func:`prepare` on a processor; fp16 takes two parts of more, and has four."""
 STAGES, SHORT_REGISTERS = 3, 128
 """Chunks whose q and k have room. Where sequences have one chunk: registers for two programs on a processor."""
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
-PREPARE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.65, 1.05, 1.72, 4.05, 1.4
+PREPARE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.45, 1.05, 1.72, 3.87, 1.4
 """What a chunk takes: of a processor to be prepared; where one group has a processor, where two have, and where a third
 prepares it; of a summary. From measurements on an H200 (docs/prefill.md), as what follows.
 """
@@ -144,7 +144,7 @@ def prefill(call: Prefill) -> None:
     if make:
         g, beta = _gates(call)
     else:
-        x, p, vectors = _prepared(call)
+        x, p, vectors = _prepared(call._replace(q=q, k=k))
         if part:
             places += total // part
             source, has_initial_state = _states_before(call, x, vectors, part, places), None
@@ -185,14 +185,14 @@ def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
     x, p = q.new_empty(slots, heads, CHUNK, 128), q.new_empty(slots, heads, CHUNK, CHUNK)
     vectors = q.new_empty(slots, heads, VECTORS.value, dtype=torch.float32)
     args = (
-        q, k, g, beta, cu_seqlens, state_indices, x, p, vectors, call.scale, call.null_slot, count,
-        *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
+        q, k, rows(q), rows(k), tiles(x), tiles(p), g, beta, cu_seqlens, state_indices, vectors, call.scale,
+        call.null_slot, count, *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
         *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
     constants |= {"NORM": call.use_qk_l2norm, "LOG": call.log_gates}
     if count > 0:
-        launch(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
+        launch(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS[q.dtype])
     return x, p, vectors
 
 

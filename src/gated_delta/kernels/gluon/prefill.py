@@ -22,7 +22,7 @@ CHUNK = 64
 REGISTERS = {1: (40,), 2: (232, 40), 3: (160, 152, 40)}
 """By groups that compute: of a thread of the second that keeps 64 values, of one that prepares, of one that loads."""
 PREPARE_REGISTERS = {torch.bfloat16: 96, torch.float16: 128}
-"""Five programs of :func:`prepare` on a processor; fp16 takes two parts of more, and has four."""
+"""Five programs of :func:`prepare` on a processor; fp16, which takes two parts in more products, has four."""
 STAGES, SHORT_REGISTERS = 3, 128
 """Chunks whose q and k have room. Where sequences have one chunk: registers for two programs on a processor."""
 ROWS = 16
@@ -130,21 +130,22 @@ def _gate(device: torch.device, value: float) -> Tensor:
 
 def prefill(call: Prefill) -> None:
     """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits."""
-    q, k, v, cu_seqlens, output = call.q, call.k, call.v, call.cu_seqlens, call.output
-    source, has_initial_state = call.source, call.has_initial_state
-    (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
+    (total, heads, _), count = call.output.shape, call.cu_seqlens.shape[0] - 1
     # Parts change bits, and a checkpoint has those of the final state of a prefix.
     whole = call.batch_invariant or call.checkpoints is not None
-    groups, part, make, stages = _TAKEN.get() or plan(total, count, heads, _processors(q.device), whole)
+    groups, part, make, stages = _TAKEN.get() or plan(total, count, heads, _processors(call.q.device), whole)
     if total == 0 and count == 0:
         return
     if total == 0:  # the copy engine wants addresses
-        q, k, v = (y.new_empty(1, *y.shape[1:]) for y in (q, k, v))
+        q, k, v = (y.new_empty(1, *y.shape[1:]) for y in (call.q, call.k, call.v))
+        call = call._replace(q=q, k=k, v=v)
+    q, k, v, cu_seqlens, output = call.q, call.k, call.v, call.cu_seqlens, call.output
+    source, has_initial_state = call.source, call.has_initial_state
     places, g, beta, x, p, vectors = count, None, None, None, None, None
     if make:
         g, beta = _gates(call)
     else:
-        x, p, vectors = _prepared(call._replace(q=q, k=k))
+        x, p, vectors = _prepared(call)
         if part:
             places += total // part
             source, has_initial_state = _states_before(call, x, vectors, part, places), None
@@ -186,8 +187,8 @@ def _prepared(call: Prefill) -> tuple[Tensor, Tensor, Tensor]:
     vectors = q.new_empty(slots, heads, VECTORS.value, dtype=torch.float32)
     args = (
         q, k, rows(q), rows(k), tiles(x), tiles(p), g, beta, cu_seqlens, state_indices, vectors, call.scale,
-        call.null_slot, count, *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
-        *strides(state_indices, 0),
+        call.null_slot, count, *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1),
+        *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
     constants |= {"NORM": call.use_qk_l2norm, "LOG": call.log_gates}

@@ -7,9 +7,10 @@ chain.py has two products left. All matrices are held transposed, so that T is t
 registers, in two parts: one alone would exceed the error budget where keys are similar.
 
 * Decays inside a chunk only multiply rows and columns of what comes out: with ``E_i = 2^(G_i)``, G a running sum of
-  log2 alpha, ``T = diag(1/E) (I + tril(K K^T) diag(beta))^-1 diag(E beta)`` and so on, and E cancels inside of every
-  product. E is taken relative to the chunk's middle. Where a chunk decays by more than 2^-200 that would leave fp32:
-  then every entry gets its own decay.
+  log2 alpha, and ``M = I + tril(diag(beta) K K^T, -1)``, ``T = diag(E) M^-1 diag(beta / E)``, and E cancels inside of
+  both products: ``X = diag(beta E_C / E) M^-T K``, ``P' = diag(E) tril(Q K^T) M^-1 diag(beta / E)``. For P', E is taken
+  relative to the chunk's middle. Where a chunk decays by more than 2^-200 that would leave fp32: then every entry of P'
+  gets its own decay.
 * A running sum is split into multiples of 1/8, whose sums and differences are exact, and a rest: a strong decay costs
   the weak ones behind it nothing. alpha = 0 counts as 2^-160, which is 0 in fp32.
 * The L2 norm is a factor of a row of q or k, and commutes with every product: q and k enter as they are stored.
@@ -133,14 +134,14 @@ def columns_of(vectors, WHICH: gl.constexpr, FIRST: gl.constexpr = 0, COUNT: gl.
 
 @gluon.jit
 def upper(FIRST: gl.constexpr, COUNT: gl.constexpr, nothing):
-    """Which entries of so many columns are on the diagonal or above."""
+    """Which entries of COUNT columns from FIRST on are on the diagonal or above."""
     row = gl.arange(0, 64, gl.SliceLayout(1, layout_of(COUNT))) + nothing
     return FIRST + gl.arange(0, COUNT, gl.SliceLayout(0, layout_of(COUNT)))[None, :] >= row[:, None]
 
 
 @gluon.jit
 def decayed(PT, vectors, nothing, FIRST: gl.constexpr):
-    """Columns of P'^T, from those without decays and beta."""
+    """Columns of P'^T from FIRST on, of those without decays and beta."""
     COUNT: gl.constexpr = PT.shape[1]
     PT = PT * rows_of(vectors, ROWS_OF_P, COUNT) * columns_of(vectors, COLUMNS_OF_P, FIRST, COUNT)
     if gl.max(vectors.slice(STRONG, 1).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0) > 0:
@@ -188,7 +189,7 @@ def store_vectors(log_alpha, strength, scale, vectors, OF_Q_APART: gl.constexpr)
     """Put into shared memory what a chunk's matrices are multiplied with, and whether its decay is strong."""
     high, grown, shrunk, whole, rest = running(log_alpha)
     middle = gl.floor(whole * 4.0) * 0.125
-    strong = whole < -200.0
+    strong = whole < -200.0  # gates are at most 1: nothing before is lower
     all, start = gl.zeros([64], gl.float32, LINE), gl.exp2(high) * grown
     left, flag = gl.exp2(whole - high) * rest * shrunk, gl.where(strong, 1.0, 0.0) + all
     decay = gl.exp2(whole) * rest + all
@@ -231,25 +232,28 @@ def normalise(sQ, sK, vectors):
 
 @gluon.jit
 def without_state(sQ, sK, sP, sX, vectors, nothing, NORM: gl.constexpr, ROOM: gl.constexpr):
-    """P' and X into shared memory; ROOM: there are registers for products side by side. All buffers are there before
-    products run: the compiler takes the room of operands for free once those are issued.
+    """P' and X into shared memory, fenced; sX may be sK. ROOM: there are registers for products side by side. All
+    buffers are there before products run: the compiler takes the room of operands for free once those are issued.
     """
     dtype: gl.constexpr = sP.dtype
+    FINE: gl.constexpr = dtype == gl.float16
     zero = gl.zeros([64, 64], gl.float32, ACC)
     kq = warpgroup_mma(sK, sQ.permute((1, 0)), zero, use_acc=False, is_async=True)
     if ROOM:
         kk = warpgroup_mma(sK, sK.permute((1, 0)), zero, use_acc=False, is_async=True)
     KQ = gl.where(upper(0, 64, nothing), warpgroup_mma_wait(1 if ROOM else 0, deps=(kq,)), 0.0)
-    if NORM or dtype == gl.float16:  # before it is rounded to 16 bits, which it may be too large for
+    if NORM or FINE:  # before it is rounded to fp16, which it may be too large or too small for
         KQ = KQ * columns_of(vectors, OF_Q)
+    if NORM and FINE:
+        KQ = KQ * rows_of(vectors, NORM_K)
     sP.permute((1, 0)).store(KQ.to(dtype))
     if not ROOM:
         kk = warpgroup_mma(sK, sK.permute((1, 0)), zero, use_acc=False, is_async=True)
     N = warpgroup_mma_wait(0, deps=(kk,)) * columns_of(vectors, OF_K)
     if NORM:
         N = N * rows_of(vectors, NORM_K)
-    T = inverse(N, nothing, dtype == gl.float16)
-    if NORM:
+    T = inverse(N, nothing, FINE)
+    if NORM and not FINE:
         T = T * columns_of(vectors, NORM_K)
     high, low = parts(T, dtype)
     fence_async_shared()
@@ -258,6 +262,8 @@ def without_state(sQ, sK, sP, sX, vectors, nothing, NORM: gl.constexpr, ROOM: gl
         tile = sP.slice(first, WIDTH, dim=0).permute((1, 0))
         PT, high, low = warpgroup_mma_wait(0, deps=(product2(high, low, tile), high, low))
         tile.store(decayed(PT, vectors, nothing, first).to(dtype))
+    if NORM and FINE:
+        high, low = parts(T * columns_of(vectors, NORM_K), dtype)
     for half in gl.static_range(0, 128, 64):
         x = product2(high, low, sK.slice(half, 64, dim=1))
         X, high, low = warpgroup_mma_wait(0, deps=(x, high, low))
@@ -308,10 +314,9 @@ def prepare(
     mbarrier.wait(landed.index(0), 0)
     if NORM:
         normalise(sQ, sK, own)
-    without_state(sQ, sK, sP, sK, own, 0, NORM, False)  # X in the place of k
+    without_state(sQ, sK, sP, sK, own, 0, NORM, False)
     chunk = place.to(gl.int64) * gl.num_programs(1) + head
     store_tile(x, [narrow(chunk * 64), 0], sK)
     store_tile(p, [narrow(chunk * 64), 0], sP)
-    line: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    gl.store(vectors + chunk * VECTORS + gl.arange(0, VECTORS, line), own.slice(0, VECTORS).load(line))
+    gl.store(vectors + chunk * VECTORS + gl.arange(0, VECTORS, LINE), own.slice(0, VECTORS).load(LINE))
     tma.store_wait(0)

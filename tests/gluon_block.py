@@ -8,9 +8,10 @@ the order:
   that no barrier orders, one of them a write, are an error, and so is a product, or a tile of the copy engine, on what
   was written without a fence in between. What the copy engine wrote needs none: products read as it writes.
 * An asynchronous copy spoils its destination at once and lands later, in no order but that of a barrier, or when its
-  partition waits for all its copies. A product reads its operands in shared memory, and what it adds to, only when it
-  is waited for; until then its result is nothing to compute with, and nothing is allocated: the compiler takes a
-  product's operands for free once it is issued.
+  partition waits for its group of copies. A store by the copy engine reads until it is waited for.
+* A product reads its operands in shared memory, and what it adds to, only when it is waited for; until then its result
+  is nothing to compute with, and nothing is allocated: the compiler takes a product's operands for free once it is
+  issued.
 * Barriers count as the hardware does. An arrival that nobody expects is an error; where all partitions wait, the error
   says for which barriers.
 
@@ -20,18 +21,19 @@ Inside a partition everything happens in order.
 from __future__ import annotations
 
 import inspect
-import math
 import random
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from gluon_values import GLUON, KernelError, Pointer, Tiled, Value, raw
+from gluon_values import GLUON, KernelError, Value, raw
 
 here = threading.local()
 """``here.partition`` is the one that a thread runs."""
@@ -62,24 +64,37 @@ class Agent:
         self.tick()
 
 
-def stretch(data: Tensor) -> range:
-    """What a view covers of its allocation, with what lies between."""
-    last = sum((size - 1) * stride for size, stride in zip(data.shape, data.stride(), strict=True))
-    return range(data.storage_offset(), data.storage_offset() + last + 1)
+class Place(NamedTuple):
+    """What a view covers of its allocation."""
+
+    first: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
-def meet(a: range, b: range) -> bool:
-    return a.start < b.stop and b.start < a.stop
+def place_of(data: Tensor) -> Place:
+    return Place(int(data.storage_offset()), tuple(data.shape), data.stride())
+
+
+@cache
+def elements(place: Place) -> frozenset[int]:
+    axes = ([step * i for i in range(size)] for size, step in zip(place.shape, place.stride, strict=True))
+    return frozenset(place.first + sum(at) for at in product(*axes))
+
+
+@cache
+def meet(a: Place, b: Place) -> bool:
+    return not elements(a).isdisjoint(elements(b))
 
 
 class Memory:
-    """An allocation of shared memory, and when which agent last used which stretch of it."""
+    """An allocation of shared memory, and when which agent last used which part of it."""
 
     def __init__(self) -> None:
-        self.uses: dict[range, dict[tuple[str, bool], int]] = {}
+        self.uses: dict[Place, dict[tuple[str, bool], int]] = {}
 
     def use(self, data: Tensor, agent: Agent, *, write: bool, fenced: bool = False) -> None:
-        own, doing = stretch(data), "writes" if write else "reads"
+        own, doing = place_of(data), "writes" if write else "reads"
         for (name, wrote), time in (use for x, uses in self.uses.items() if meet(own, x) for use in uses.items()):
             if name != agent.name and (write or wrote) and agent.seen[name] < time:
                 done = "wrote" if wrote else "read"
@@ -93,7 +108,7 @@ def name_of(memory: Memory | Barriers) -> str:
     """What the kernel calls it, where it is used now."""
     frame = inspect.currentframe()
     while frame is not None:
-        for name, x in frame.f_locals.items() if frame.f_code.co_filename != __file__ else ():
+        for name, x in frame.f_locals.items() if not frame.f_globals["__name__"].startswith("gluon_") else ():
             if isinstance(x, (Shared, Barriers)) and memory in (x, getattr(x, "memory", None)):
                 return name
         frame = frame.f_back
@@ -194,8 +209,10 @@ class Partition:
     def __init__(self, block: Block, agent: Agent, warps: int) -> None:
         self.block, self.agent, self.warps = block, agent, warps
         self.copies: list[tuple[Shared, Tensor, Agent]] = []
+        self.groups: deque[list[tuple[Shared, Tensor, Agent]]] = deque()
         self.copied = 0
         self.products: deque[Product] = deque()
+        self.stores: deque[tuple[Tensor, Shared, Agent]] = deque()
         self.ready: Callable[[], bool] = lambda: True
         self.waits_for, self.done = "its first turn", False
 
@@ -210,14 +227,18 @@ class Partition:
         self.block.next_turn()
         self.block.await_turn(self)
 
+    def end(self) -> None:
+        for running, what in ((self.products, "products"), (self.stores, "stores")):
+            if running:
+                raise KernelError(f"{self.agent.name} ends with {what} that nobody waited for")
+
     def run(self, function: Callable[..., None], args: Sequence[Any]) -> None:
         torch.set_num_threads(1)
         here.partition = self
         try:
             self.block.await_turn(self)
             function(*args)
-            if self.products:
-                raise KernelError(f"{self.agent.name} ends with products that nobody waited for")
+            self.end()
         except BaseException as error:
             self.block.failure = self.block.failure or error
         self.done = True
@@ -293,7 +314,7 @@ class Product:
 
     def reads(self, shared: Shared) -> bool:
         operands = [x for x in (self.left, self.right) if isinstance(x, Shared) and x.memory is shared.memory]
-        return any(meet(stretch(x.data), stretch(shared.data)) for x in operands)
+        return any(meet(place_of(x.data), place_of(shared.data)) for x in operands)
 
     def run(self) -> None:
         self.touch()
@@ -327,52 +348,3 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> An
 
 def fence_async_shared() -> None:
     here.partition.agent.fence()
-
-
-def copy_to_shared(smem: Shared, pointer: Pointer, mask: Any = True) -> None:
-    copier = here.partition.copier()
-    smem.memory.use(smem.data, copier, write=True)
-    here.partition.copies.append((smem, pointer.load(mask).data.expand(smem.shape), copier))
-    smem.data.fill_(math.nan)
-
-
-def copy_tile(tensor: Tiled, place: Sequence[Any], barrier: Barrier, smem: Shared) -> None:
-    """By the copy engine, which writes zeros for what lies outside of the tensor."""
-    copier = here.partition.copier()
-    smem.memory.use(smem.data, copier, write=True, fenced=True)
-    copier.fenced[copier.name] = copier.seen[copier.name]  # as products read it
-    data = torch.zeros(smem.shape, dtype=smem.data.dtype)
-    inside = tensor.whole[tuple(slice(int(raw(x)), int(raw(x)) + n) for x, n in zip(place, smem.shape, strict=True))]
-    data[tuple(map(slice, inside.shape))] = inside
-    smem.data.fill_(math.nan)
-
-    def land() -> None:
-        smem.data.copy_(data)
-        barrier.receive(copier, data.nbytes)
-
-    here.partition.block.landing.append(land)
-
-
-def copies_land(number: int) -> None:
-    """Wait for all copies of this partition."""
-    partition: Partition = here.partition
-    for smem, data, copier in partition.copies:
-        smem.data.copy_(data)
-        partition.agent.learn(copier)
-    partition.copies = []
-
-
-def copies_arrive(barrier: Barrier, increment_count: bool = True) -> None:
-    partition: Partition = here.partition
-    threads, copies, partition.copies = 32 * partition.warps, partition.copies, []
-    arrival = Agent(f"copies of {partition.agent.name}")
-    if increment_count:
-        barrier.pending += threads
-
-    def land() -> None:
-        for smem, data, copier in copies:
-            smem.data.copy_(data)
-            arrival.learn(copier)
-        barrier.arrive(arrival, threads)
-
-    partition.block.landing.append(land)

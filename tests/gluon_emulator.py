@@ -30,15 +30,12 @@ from gluon_block import (
     Block,
     Memory,
     Shared,
-    copies_arrive,
-    copies_land,
-    copy_tile,
-    copy_to_shared,
     fence_async_shared,
     here,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from gluon_copies import commit_group, copies_arrive, copies_land, copy_tile, copy_to_shared, store_tile, store_wait
 from gluon_values import TORCH, KernelError, Value, argument, raw
 
 
@@ -102,17 +99,20 @@ REPLACED: dict[int, Any] = {
         async_copy_global_to_shared=copy_to_shared,
         async_load=copy_to_shared,
         mbarrier_arrive=copies_arrive,
-        commit_group=lambda: None,
+        commit_group=commit_group,
         wait_group=copies_land,
     ),
     id(hopper.fence_async_shared): fence_async_shared,
+    id(hopper.tma): SimpleNamespace(store_wait=store_wait),
     id(hopper.warpgroup_mma): warpgroup_mma,
     id(hopper.warpgroup_mma_wait): warpgroup_mma_wait,
 }
-for _name in ("async_load", "async_copy_global_to_shared"):  # the same: before Triton 3.9, and since 3.8
-    for _module, _ours in ((async_copy, copy_to_shared), (hopper.tma, copy_tile)):
-        if hasattr(_module, _name):
-            REPLACED[id(getattr(_module, _name))] = _ours
+for _module, _ours, *_names in (  # the same: since Triton 3.8, and before 3.9
+    (async_copy, copy_to_shared, "async_load", "async_copy_global_to_shared"),
+    (hopper.tma, copy_tile, "async_load", "async_copy_global_to_shared"),
+    (hopper.tma, store_tile, "async_store", "async_copy_shared_to_global"),
+):
+    REPLACED |= {id(getattr(_module, name)): _ours for name in _names if hasattr(_module, name)}
 Edits = Mapping[str, Sequence[tuple[str, str]]]
 """By function: pieces of its source that are replaced, and what by."""
 
@@ -177,4 +177,5 @@ def launch(
         block = Block(place, grid, warps, seed)
         here.partition = block.main
         function(*given)
+        block.main.end()
         seed += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,11 +112,15 @@ class Pointer:
 
 
 class Tiled:
-    """A tensor that the copy engine takes tiles of."""
+    """A tensor that the copy engine takes tiles of, and stores tiles into."""
 
     def __init__(self, descriptor: Any) -> None:
         self.whole = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
         self.dtype = GLUON[descriptor.base.dtype]
+
+    def tile(self, place: Sequence[Any], shape: Sequence[int]) -> Tensor:
+        """What of a tile lies inside."""
+        return self.whole[tuple(slice(int(raw(x)), int(raw(x)) + n) for x, n in zip(place, shape, strict=True))]
 
 
 def argument(x: Any) -> Any:

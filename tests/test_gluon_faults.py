@@ -67,8 +67,10 @@ STORE = "store_vectors(log_alpha, strength, scale, factors.index(stage), NORM or
 V, DECAYED, OUTPUTS = "V = sV.index", "S = S * vector_of", "from_q = factors"
 TAKE_KS, LAST = "KS, state = warpgroup_mma_wait(0", "S, Y = warpgroup_mma_wait(0, deps=(s, Y))"
 PIECE = "outputs_of(state, Y, sQ.index(stage), sP.index(buffer), from_q, sO, first, AT_ONCE)"
-PREPARE, HALVES = "high_T, low_T = without_state", "a, b = halves_of_x"
-WAIT, LANDED = "mbarrier.wait(landed.index(0), 0)", "async_copy.mbarrier_arrive(landed.index(0), increment_count=False)"
+WITHOUT, FENCE = "without_state(sQ", "fence_async_shared()"
+WAIT, LANDED = "mbarrier.wait(landed.index(0), 0)", "mbarrier.arrive(landed.index(0), count=1)"
+EXPECT_QK, STORED = "mbarrier.expect(landed.index(0), 2 * 64 * 256)", "tma.store_wait(0)"
+STORE_X = "store_tile(x, [narrow(chunk * 64), 0], sK)"
 KEEP_STARVES, LOAD_STARVES = r"deadlock: .*keep_from.* waits for {}.0., ", r"deadlock: .*load waits for {}.0., "
 MAKE_STARVES, PREPARE_STARVES = r"deadlock: .*make waits for {}.0., ", "deadlock: the program waits for landed"
 # Not here: fences in keep, for products read what the copy engine wrote without one, and make has its own. With three
@@ -142,7 +144,8 @@ LOAD = {
         "load", "scale, factors.index(stage)", "scale, factors.index(0)", RACE, groups=MADE
     ),
     "the tail of k is not waited for": Fault("load", "async_copy.wait_group(0)", "pass", RACE, groups=MADE),
-    "no fence behind the tail of k": Fault("load", "fence_async_shared()", "pass", UNFENCED, groups=MADE),
+    "the tail of k is no group to wait for": Fault("load", "async_copy.commit_group()", "pass", RACE, groups=MADE),
+    "no fence behind the tail of k": Fault("load", FENCE, "pass", UNFENCED, groups=MADE),
     "the tail of k goes into the wrong stage": Fault(
         "load", "rows(sK.index(stage)", "rows(sK.index(0)", RACE, groups=MADE
     ),
@@ -158,14 +161,9 @@ MAKE = {
     "make: wrong phase of empty_x": Fault("make", EMPTY_X, EMPTY_X.replace(" ^ 1", ""), MAKE_STARVES.format("empty_x")),
     "make waits for the wrong stage": Fault("make", FULL, FULL.replace("stage", "0"), RACE),
     "make waits for the wrong buffer": Fault("make", EMPTY_X, EMPTY_X.replace("buffer", "0"), RACE),
-    "make tells of X before P is there": Fault("make", PREPARE, f"{TOLD_X}; {PREPARE}", RACE, TOLD_X),
-    "make tells of P before X is there": Fault("make", HALVES, f"{TOLD_X}; {HALVES}", RACE, TOLD_X),
+    "make tells of X before it is there": Fault("make", WITHOUT, f"{TOLD_X}; {WITHOUT}", RACE, TOLD_X),
     "make tells of X before its norms are there": Fault(
         "make", "k, vectors = sK", f"{TOLD_X}; k, vectors = sK", RACE, TOLD_X, gates="norm"
-    ),
-    "make tells of X without a fence": Fault("make", "fence_async_shared()", "pass", UNFENCED),
-    "make stores X behind its fence": Fault(
-        "make", HALVES, f"fence_async_shared(); {HALVES}", UNFENCED, "fence_async_shared()"
     ),
     "make tells of X twice": Fault("make", TOLD_X, TOLD_X.replace("=1", "=2"), RACE),
     "make tells nobody of X": Fault("make", TOLD_X, "pass", KEEP_STARVES.format("full_x")),
@@ -189,14 +187,32 @@ ONE_STAGE = {
 }
 ACROSS = "z, a, rest = warp"
 TAKE_N, TAKE_O = "N = warpgroup_mma_wait(0", "o, Y = warpgroup_mma_wait(0, deps=(o, Y))"
-TAKE_P = "PT, high_T, low_T = warpgroup_mma_wait(0"
+TAKE_P, TAKE_X = "PT, high, low = warpgroup_mma_wait(0", "X, high, low = warpgroup_mma_wait(0"
+STORE_HALF = "sX.slice(half, 64, dim=1).store((X * rows_of(vectors, ROWS_OF_X)).to(dtype))"
+LAST_FENCE = f"{STORE_HALF}\n    {FENCE}"
+UNSTORED = "ends with stores"
 PRODUCTS = {
     "prepare does not wait for q and k": Fault("prepare", WAIT, "pass", RACE),
     "wrong phase of landed": Fault("prepare", WAIT, WAIT.replace(", 0)", ", 1)"), RACE),
-    "copies of q and k are not told of": Fault("prepare", LANDED, "pass", PREPARE_STARVES),
-    "q and k add to those expected": Fault("prepare", LANDED, LANDED.replace("False", "True"), PREPARE_STARVES),
-    "prepare expects more copies": Fault("prepare", "count=128", "count=256", PREPARE_STARVES),
-    "prepare expects fewer copies": Fault("prepare", "count=128", "count=32", "arrivals"),
+    "bytes of q and k that never land": Fault("prepare", "2 * 64 * 256", "3 * 64 * 256", PREPARE_STARVES),
+    "bytes of q that are not expected": Fault("prepare", "2 * 64 * 256", "64 * 256", RACE),
+    "nothing of q and k expected": Fault("prepare", EXPECT_QK, "pass", PREPARE_STARVES),
+    "q and k are expected twice": Fault("prepare", EXPECT_QK, f"{EXPECT_QK}; {EXPECT_QK}", "arrivals"),
+    "prepare expects more arrivals": Fault("prepare", "count=1)\n    if", "count=2)\n    if", PREPARE_STARVES),
+    "the tail of q and k is not told of": Fault("prepare", LANDED, "pass", PREPARE_STARVES),
+    "the tail of q and k is told of twice": Fault("prepare", LANDED, LANDED.replace("=1", "=2"), "arrivals"),
+    "the tail of q and k is not waited for": Fault("prepare", "async_copy.wait_group(0)", "pass", RACE),
+    "the tail of q and k is no group to wait for": Fault("prepare", "async_copy.commit_group()", "pass", RACE),
+    "no fence behind the tail of q and k": Fault("prepare", FENCE, "pass", UNFENCED),
+    "X and P are told of without a fence": Fault("without_state", LAST_FENCE, STORE_HALF, UNFENCED),
+    "X is stored behind its fence": Fault("without_state", LAST_FENCE, f"{FENCE}; {STORE_HALF}", UNFENCED),
+    "the engine stores X before it is there": Fault("prepare", WITHOUT, f"store_tile(x, [0, 0], sK); {WITHOUT}", RACE),
+    "the engine stores P before it is there": Fault("prepare", WITHOUT, f"store_tile(p, [0, 0], sP); {WITHOUT}", RACE),
+    "X is overwritten while the engine reads it": Fault("prepare", STORED, f"sK.store(sK.load()); {STORED}", RACE),
+    "P is overwritten while the engine reads it": Fault("prepare", STORED, f"sP.store(sP.load()); {STORED}", RACE),
+    "nobody waits for stores": Fault("prepare", STORED, "pass", UNSTORED),
+    "nobody waits for the last store": Fault("prepare", STORED, "tma.store_wait(1)", UNSTORED),
+    "stores are waited for before they begin": Fault("prepare", STORE_X, f"{STORED}; {STORE_X}", UNSTORED, STORED),
     "K S taken too early": Fault("keep", TAKE_KS, TAKE_KS.replace("0", "1"), EARLY),
     "Q S taken too early": Fault(
         "outputs_of", "o, state = warpgroup_mma_wait(0", "o, state = warpgroup_mma_wait(1", EARLY
@@ -204,17 +220,14 @@ PRODUCTS = {
     "O taken too early": Fault("outputs_of", TAKE_O, TAKE_O.replace("0", "1"), EARLY),
     "a summary's S taken too early": Fault("keep", LAST, LAST.replace("0", "1"), EARLY, part=128),
     "products nobody waits for": Fault("keep", LAST, "S = S + 0", RACE, part=192),
-    "K Q taken too early": Fault("without_state", "warpgroup_mma_wait(1, ", "warpgroup_mma_wait(2, ", EARLY),
+    "K Q taken too early": Fault("without_state", "1 if ROOM else 0", "2 if ROOM else 1", EARLY),
     "K K taken too early": Fault("without_state", TAKE_N, TAKE_N.replace("0", "1"), EARLY),
-    "P taken too early": Fault("without_state", TAKE_P, "PT, _, _ = warpgroup_mma_wait(1", EARLY),
-    "X taken too early": Fault(
-        "halves_of_x", "a, b, high_T, low_T = warpgroup_mma_wait(0", "a, b, _, _ = warpgroup_mma_wait(1", EARLY
-    ),
+    "P taken too early": Fault("without_state", TAKE_P, TAKE_P.replace("0", "1"), EARLY),
+    "X taken too early": Fault("without_state", TAKE_X, TAKE_X.replace("0", "1"), EARLY),
     "the inverse's product taken too early": Fault(
         "product", f"{ACROSS}group_mma_wait(0", f"{ACROSS}group_mma_wait(1", EARLY
     ),
-    "no fence after q and k have landed": Fault("prepare", "fence_async_shared()", "pass", UNFENCED),
-    "no fence between store and product": Fault("product", "fence_async_shared()", "pass", UNFENCED),
+    "no fence between store and product": Fault("product", FENCE, "pass", UNFENCED),
     "operand overwritten too early": Fault("product", ACROSS, f"sX.store(high); {ACROSS}", "sX is overwritten"),
     "P stored where k is still read": Fault(
         "without_state", TAKE_N, f"sK.store(sK.load()); {TAKE_N}", "sK is overwritten"
@@ -222,8 +235,11 @@ PRODUCTS = {
     "P stored where it is still read": Fault(
         "without_state",
         TAKE_P,
-        f"pt = product2(high_T, low_T, sP); sP.store(KQ.to(dtype)); {TAKE_P}",
+        f"pt = product2(high, low, tile); tile.store(tile.load()); {TAKE_P}",
         "sP is overwritten",
+    ),
+    "X stored where k is still read": Fault(
+        "without_state", TAKE_X, f"sX.store(sX.load()); {TAKE_X}", "sK is overwritten", groups=APART
     ),
     "memory that products still read given away": Fault(
         "without_state", TAKE_N, f"vectors_in_shared(1, 64); {TAKE_N}", "allocates while its products"
@@ -235,11 +251,12 @@ FAULTS = {**KEEP, **LOAD, **MAKE, **ONE_STAGE, **PRODUCTS}
 @cache
 def inputs_of(kind: str, dtype: torch.dtype) -> tuple[Inputs, oracle.Evaluation, oracle.Evaluation]:
     """340 tokens of similar keys, and what 330 of them come to: "weak" gates; "none", with beta 2; "norm", weak with q
-    and k to normalise; "strong", weak but for two tokens of a chunk that forget everything, so that its decay is beyond
-    2^-200; "strong norm".
+    and k to normalise; "heads", weak and several; "strong", weak but for two tokens of a chunk that forget everything,
+    so that its decay is beyond 2^-200; "strong norm".
     """
     gates = "none" if kind == "none" else "weak"
-    sizes: dict[str, Any] = {"hq": 1, "hk": 1, "hv": 1, "head_k": 128, "head_v": 128}
+    few, many = (2, 4) if kind == "heads" else (1, 1)
+    sizes: dict[str, Any] = {"hq": few, "hk": few, "hv": many, "head_k": 128, "head_v": 128}
     inputs = with_state(prefill_inputs([340], **sizes, dtype=dtype, gates=gates, similar_keys=True))
     if kind == "none":
         inputs = constant(inputs, "beta", 2.0)
@@ -268,7 +285,7 @@ def judged(
     for name in ("q", "k", "v", "g", "beta"):
         given[name] = inputs[name].clone()
         given[name][330:] = torch.nan
-    wide = nans(404, 1, 128, dtype=dtype)
+    wide = nans(404, *inputs["v"].shape[1:], dtype=dtype)
     _, state = prefill({**given, "output": wide[:340]}, backend="triton")
     assert_within_budget("output", wide[:330], plain.output, exact.output)
     assert_within_budget("state", state, plain.state, exact.state)
@@ -289,7 +306,7 @@ def assert_noticed(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     ("groups", "part", "stages"),
     [(1, 0, 3), (2, 0, 3), (3, 0, 3), (1, 128, 3), (2, 128, 3), (1, 0, 1), (2, 0, 1), (3, 0, 1), (3, 0, 2)],
 )
-@pytest.mark.parametrize("kind", ["weak", "none", "norm", "strong", "strong norm"])
+@pytest.mark.parametrize("kind", ["weak", "none", "norm", "heads", "strong", "strong norm"])
 def test_without_a_fault_all_is_well(
     kind: str, groups: int, part: int, stages: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

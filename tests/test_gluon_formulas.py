@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
+import torch
 
-from test_gluon_faults import BUDGET, FP16, MADE, OUTPUT, Fault, assert_noticed
+from gated_delta.kernels.gluon.prefill import Plan
+from test_gluon_faults import APART, BUDGET, FP16, MADE, OUTPUT, UNFENCED, Fault, assert_noticed, judged
 
-INVERTED, JOINED = "nothing, dtype == gl.float16)", "x * below - y * (1.0 - below)"
-ROWS_OF_P, COLUMNS_OF_P = "rows_of(vectors, ROWS_OF_P)", "columns_of(vectors, COLUMNS_OF_P)"
-HALF, TAKE_P = "a = product2(high_T, low_T", "deps=(product2(high_T, low_T, sP)"
+INVERTED, JOINED = "inverse(N, nothing, FINE)", "x * below - y * (1.0 - below)"
+ROWS_OF_P, COLUMNS_OF_P = "rows_of(vectors, ROWS_OF_P, COUNT)", "columns_of(vectors, COLUMNS_OF_P, FIRST, COUNT)"
+ROWS_OF_X, SPREAD = "X * rows_of(vectors, ROWS_OF_X)", "gl.exp2(columns_of(vectors, HIGH, FIRST, COUNT)"
+SWAPPED = "sP.slice(32 - first, WIDTH, dim=0).permute((1, 0)).store"
+LEFT = "gl.exp2(whole - high) * rest * shrunk"
+TAKE_P, TAKE_X = "deps=(product2(high, low, tile)", "x = product2(high, low"
+MOVED = f"{UNFENCED}|{BUDGET}"
+"""Where X, or half of P, comes to lie on what a product still has to read."""
 BOTH = (2, 3)
 """The groups of a program with both halves of a state."""
 CHAIN = {
@@ -21,7 +30,8 @@ CHAIN = {
     "queries of other tokens": Fault("outputs_of", "sQ.slice(FIRST", "sQ.slice(0", OUTPUT, groups=MADE),
     "P of other tokens": Fault("outputs_of", "sP.slice(FIRST", "sP.slice(0", OUTPUT, groups=MADE),
     "outputs of some tokens": Fault("keep", "static_range(0, 64, AT", "static_range(0, 32, AT", OUTPUT, groups=MADE),
-    "P not transposed": Fault("without_state", "sP.permute((1, 0)).store(PT", "sP.store(PT", OUTPUT),
+    "P not transposed": Fault("without_state", "dim=0).permute((1, 0))", "dim=0)", OUTPUT, groups=MADE),
+    "P not transposed before its product": Fault("without_state", "sP.permute((1, 0)).store", "sP.store", OUTPUT),
     "outputs of the state after the chunk": Fault(
         "keep", "outputs_of(state", "outputs_of(warpgroup_mma_wait(0, deps=(s,)).to(dtype)", OUTPUT
     ),
@@ -56,7 +66,9 @@ GATES = {
     "rest of the decay forgotten": Fault(
         "store_vectors", "decay = gl.exp2(whole) * rest", "decay = gl.exp2(whole)", BUDGET
     ),
-    "rest of the decay of X forgotten": Fault("store_vectors", "whole - middle) * rest", "whole - middle)", BUDGET),
+    "rest of the decay of X forgotten": Fault("store_vectors", "* rest * shrunk", "* shrunk", BUDGET),
+    "rest of the decay of rows of X forgotten": Fault("store_vectors", "* rest * shrunk", "* rest", BUDGET),
+    "decay of X, of the whole chunk": Fault("store_vectors", LEFT, LEFT.replace(" - high", ""), BUDGET),
     "rest of rows of P forgotten": Fault(
         "store_vectors", "exp2(middle - high) * shrunk", "exp2(middle - high)", BUDGET
     ),
@@ -65,55 +77,52 @@ GATES = {
     ),
     "decay of rows of P forgotten": Fault("store_vectors", "gl.exp2(middle - high) * shrunk", "1.0", BUDGET),
     "decay of columns of P forgotten": Fault("store_vectors", "gl.exp2(high - middle) * grown", "all + 1", OUTPUT),
-    "decay of X forgotten": Fault("store_vectors", "gl.exp2(whole - middle) * rest", "1.0", BUDGET),
-    "beta of T forgotten": Fault("store_vectors", "shrunk * strength)", "shrunk)", BUDGET),
-    "beta of columns forgotten": Fault("store_vectors", "eight(places, strength", "eight(places, all + 1", BUDGET),
+    "decay of X forgotten": Fault("store_vectors", f"left, flag = {LEFT}", "left, flag = all + 1", BUDGET),
+    "beta of P forgotten": Fault("store_vectors", "shrunk * strength)", "shrunk)", OUTPUT),
+    "beta of X forgotten": Fault("store_vectors", "left * strength", "left", BUDGET),
+    "beta of columns forgotten": Fault("store_vectors", "eight(strength", "eight(all + 1", BUDGET),
     "scale of P forgotten": Fault("store_vectors", "up * scale, all", "up, all", OUTPUT),
     "scale of P forgotten, fp16": Fault("store_vectors", "of_q = scale + all", "of_q = all + 1", OUTPUT, dtype=FP16),
     "scale of P twice, fp16": Fault("store_vectors", "if not OF_Q_APART", "if True", OUTPUT, dtype=FP16),
-    "diagonal of P forgotten": Fault("upper", "+ 1.0", "+ 0.0", OUTPUT),
-    "P not triangular": Fault("upper", "PLACES) + 1.0, 0.0)", "PLACES) + 1.0, 1.0)", OUTPUT),
-    "rows of P forgotten": Fault("without_state", f"{ROWS_OF_P} * ", "", OUTPUT),
-    "columns of P forgotten": Fault("without_state", f" * {COLUMNS_OF_P}", "", OUTPUT),
+    "diagonal of P forgotten": Fault("upper", ">= row", "> row", OUTPUT),
+    "P not triangular": Fault("without_state", "gl.where(upper(0, 64, nothing), ", "gl.where(True, ", OUTPUT),
+    "rows of P forgotten": Fault("decayed", f"{ROWS_OF_P} * ", "", OUTPUT),
+    "columns of P forgotten": Fault("decayed", f" * {COLUMNS_OF_P}", "", OUTPUT),
     "rows and columns of P swapped": Fault(
-        "without_state",
+        "decayed",
         f"{ROWS_OF_P} * {COLUMNS_OF_P}",
-        "columns_of(vectors, ROWS_OF_P) * rows_of(vectors, COLUMNS_OF_P)",
+        "columns_of(vectors, ROWS_OF_P, FIRST, COUNT) * rows_of(vectors, COLUMNS_OF_P, COUNT)",
         OUTPUT,
     ),
+    "columns of the first half of P for the second": Fault(
+        "decayed", "COLUMNS_OF_P, FIRST", "COLUMNS_OF_P, 0", OUTPUT, groups=APART
+    ),
     "columns of N forgotten": Fault("without_state", " * columns_of(vectors, OF_K)", "", BUDGET),
-    "rows of X forgotten": Fault("halves_of_x", "a * rows, b * rows", "a, b", BUDGET),
-    "rows of half of X forgotten": Fault("halves_of_x", "a * rows, b * rows", "a * rows, b", BUDGET),
+    "rows of X forgotten": Fault("without_state", ROWS_OF_X, "X", BUDGET),
+    "rows of half of X forgotten": Fault("without_state", ROWS_OF_X, f"({ROWS_OF_X} if half else X)", BUDGET),
 }
 STRONG = {
-    "strong decay not seen": Fault("store_vectors", "> 100.0", "> 1e9", BUDGET),
+    "strong decay not seen": Fault("store_vectors", "< -200.0", "< -1e9", BUDGET),
     "strong decay not told of": Fault("store_vectors", "gl.where(strong, 1.0, 0.0) + all", "all", BUDGET),
-    "strong decay seen where there is none": Fault("without_state", "axis=0) > 0", "axis=0) >= 0", BUDGET),
+    "strong decay seen where there is none": Fault("decayed", "axis=0) > 0", "axis=0) >= 0", OUTPUT),
     "columns of P decay twice": Fault("store_vectors", "up = gl.where(strong, 1.0, ", "up = (", BUDGET),
     "rows of P decay twice": Fault("store_vectors", "down = gl.where(strong, strength, ", "down = (", BUDGET),
-    "X decays twice": Fault("store_vectors", "down * gl.where(strong, 1.0, ", "down * (", BUDGET),
-    "beta of T forgotten where strong": Fault("store_vectors", "strong, strength", "strong, 1.0", BUDGET),
-    "no decays": Fault("without_state", "allowed = decays(vectors, allowed)", "pass", BUDGET),
-    "T without its decay": Fault(
-        "without_state", "T = T * columns_of(vectors, LEFT)\n        high_T", "high_T", BUDGET
-    ),
-    "T as it was before its decay": Fault(
-        "without_state", "columns_of(vectors, LEFT)\n        high_T, low_T = parts(T, dtype)", "1", BUDGET
-    ),
-    "decays not triangular": Fault("decays", "+ 2048.0) - 2048.0", "+ 0.0) - 0.0", OUTPUT),
-    "decays the other way": Fault(
-        "decays",
-        "columns_of(vectors, HIGH) - rows_of(vectors, HIGH)",
-        "rows_of(vectors, HIGH) - columns_of(vectors, HIGH)",
-        BUDGET,
-    ),
-    "rest of decays of rows forgotten": Fault("decays", " * rows_of(vectors, SHRUNK)", "", BUDGET),
-    "rest of decays of columns forgotten": Fault("decays", " * columns_of(vectors, GROWN)", "", BUDGET),
+    "X decays as where it is not strong": Fault("store_vectors", "left * strength", "down", BUDGET),
+    "rows of X forgotten where strong": Fault("without_state", ROWS_OF_X, "X", BUDGET),
+    "beta of P forgotten where strong": Fault("store_vectors", "strong, strength", "strong, 1.0", OUTPUT),
+    "beta of X forgotten where strong": Fault("store_vectors", "left * strength", "left", BUDGET),
+    "no decays": Fault("decayed", "PT = PT * decays", "decays = PT * decays", OUTPUT),
+    "decays of other rows and columns forgotten": Fault("decayed", "PT = PT * decays", "PT = decays", OUTPUT),
+    "decays not triangular": Fault("decayed", "gl.where(upper(FIRST, COUNT, nothing)", "gl.where(True", OUTPUT),
+    "decays of the diagonal forgotten": Fault("upper", ">= row", "> row", OUTPUT),
+    "decays of the first half for the second": Fault("decayed", "HIGH, FIRST", "HIGH, 0", OUTPUT, groups=APART),
+    "decays of other columns kept": Fault("decayed", "upper(FIRST", "upper(32 - FIRST", OUTPUT, groups=APART),
+    "decays the other way": Fault("decayed", SPREAD, f"{SPREAD} * -1 - 2 * -rows_of(vectors, HIGH, COUNT)", OUTPUT),
+    "rest of decays of rows forgotten": Fault("decayed", " * rows_of(vectors, SHRUNK, COUNT)", "", OUTPUT),
+    "rest of decays of columns forgotten": Fault("decayed", " * columns_of(vectors, GROWN, FIRST, COUNT)", "", OUTPUT),
     "rest of what is left forgotten": Fault("store_vectors", "* rest * shrunk", "* shrunk", BUDGET),
     "rest of what is left of rows forgotten": Fault("store_vectors", "* rest * shrunk", "* rest", BUDGET),
-    "what is left, of the whole chunk": Fault(
-        "store_vectors", "left, flag = gl.exp2(whole - high)", "left, flag = gl.exp2(whole)", BUDGET
-    ),
+    "what is left, of the whole chunk": Fault("store_vectors", LEFT, LEFT.replace(" - high", ""), BUDGET),
 }
 NORMS = {
     "norm of half of a row": Fault("row_norms", "x * x + y * y", "x * x", BUDGET),
@@ -123,10 +132,8 @@ NORMS = {
         "normalise", "multiply(line_of(vectors, OF_K), k_norm)", "pass", BUDGET
     ),
     "norm of k in K S forgotten": Fault("normalise", "multiply(line_of(vectors, FROM_K), k_norm)", "pass", BUDGET),
-    "norm of k in rows forgotten": Fault("without_state", "allowed * rows_of(vectors, NORM_K)", "allowed", BUDGET),
-    "norm of k in X forgotten": Fault(
-        "without_state", "parts(T * columns_of(vectors, NORM_K), dtype)", "parts(T, dtype)", BUDGET
-    ),
+    "norm of k in rows forgotten": Fault("without_state", "N = N * rows_of(vectors, NORM_K)", "pass", BUDGET),
+    "norm of k in X forgotten": Fault("without_state", "T = T * columns_of(vectors, NORM_K)", "pass", BUDGET),
     "norm of q not multiplied": Fault("without_state", "KQ = KQ * columns_of(vectors, OF_Q)", "pass", OUTPUT),
     "the norm of q left where that of k is": Fault(
         "normalise",
@@ -138,16 +145,38 @@ NORMS = {
     "make forgets norms": Fault("make", "if NORM:", "if False:", BUDGET),
     "prepare forgets norms": Fault("prepare", "if NORM:", "if False:", BUDGET),
 }
+PLACES = {
+    "the tail by the copy engine": Fault("prepare", "if length == 64", "if True", BUDGET),
+    "keys behind the tail": Fault("prepare", "k_row, length", "k_row, 64", f"memory|{BUDGET}"),
+    "a key of the tail lost": Fault("prepare", "k_row, length", "k_row, length - 1", BUDGET),
+    "queries of the tail lost": Fault("prepare", "q_row, length", "q_row, 1", OUTPUT),
+    "k of another chunk": Fault("prepare", "copy_tile(k, [narrow(first)", "copy_tile(k, [narrow(0)", BUDGET),
+    "q of another chunk": Fault("prepare", "copy_tile(q, [narrow(first)", "copy_tile(q, [narrow(0)", OUTPUT),
+    "k of another head": Fault("prepare", "narrow(head // RK * k_head)", "0", BUDGET, gates="heads"),
+    "q of another head": Fault("prepare", "narrow(head // RQ * q_head)", "0", OUTPUT, gates="heads"),
+    "k of a head of the state": Fault("prepare", "narrow(head // RK", "narrow(head", BUDGET, gates="heads"),
+    "q of a head of the state": Fault("prepare", "narrow(head // RQ", "narrow(head", OUTPUT, gates="heads"),
+    "k of another head in the tail": Fault("prepare", "+ head // RK * k_head)", ")", BUDGET, gates="heads"),
+    "q of another head in the tail": Fault("prepare", "+ head // RQ * q_head)", ")", OUTPUT, gates="heads"),
+    "k of another chunk in the tail": Fault("prepare", "k_rows + (first *", "k_rows + (0 *", BUDGET),
+    "q of another chunk in the tail": Fault("prepare", "q_rows + (first *", "q_rows + (0 *", OUTPUT),
+    "X a chunk late": Fault("prepare", "x, [narrow(chunk * 64)", "x, [narrow(chunk * 64 + 64)", BUDGET),
+    "P a chunk late": Fault("prepare", "p, [narrow(chunk * 64)", "p, [narrow(chunk * 64 + 64)", OUTPUT),
+    "X half a tile to the right": Fault("prepare", "0], sK", "64], sK", BUDGET),
+    "P half a tile to the right": Fault("prepare", "0], sP", "32], sP", OUTPUT),
+    "q in the place of X": Fault("prepare", "0], sK)\n    store", "0], sQ)\n    store", BUDGET),
+    "chunks of heads on each other": Fault("prepare", "gl.num_programs(1) + head", "1 + head", BUDGET, gates="heads"),
+    "X into the place of q": Fault("prepare", "sP, sK, own", "sP, sQ, own", BUDGET),
+}
 INVERSE = {
-    "halves of X swapped": Fault("halves_of_x", "a * rows, b * rows", "b * rows, a * rows", BUDGET),
-    "halves of k swapped": Fault("halves_of_x", "sK.slice(0,", "sK.slice(64,", BUDGET),
-    "halves of X swapped by make": Fault("make", "a, b = halves", "b, a = halves", BUDGET),
-    "halves of X swapped by prepare": Fault("prepare", "store_square(x + 64, b", "store_square(x + 64, a", BUDGET),
-    "T in one part": Fault("halves_of_x", HALF, f"low_T = low_T * 0; {HALF}", BUDGET, gates="none"),
-    "T in one part, fp16": Fault("halves_of_x", HALF, f"low_T = low_T * 0; {HALF}", BUDGET, gates="none", dtype=FP16),
-    "T in one part for P": Fault("without_state", TAKE_P, TAKE_P.replace("low_T", "low_T * 0"), OUTPUT, gates="none"),
+    "halves of X swapped": Fault("without_state", "sX.slice(half", "sX.slice(64 - half", MOVED),
+    "halves of k swapped": Fault("without_state", "sK.slice(half", "sK.slice(64 - half", MOVED),
+    "halves of P swapped": Fault("without_state", "tile.store", SWAPPED, MOVED, groups=APART),
+    "T in one part": Fault("without_state", TAKE_X, f"low = low * 0; {TAKE_X}", BUDGET, gates="none"),
+    "T in one part, fp16": Fault("without_state", TAKE_X, f"low = low * 0; {TAKE_X}", BUDGET, gates="none", dtype=FP16),
+    "T in one part for P": Fault("without_state", TAKE_P, TAKE_P.replace("low", "low * 0"), OUTPUT, gates="none"),
     "the inverse in one part, fp16": Fault(
-        "without_state", INVERTED, "nothing, False)", BUDGET, gates="none", dtype=FP16
+        "without_state", INVERTED, "inverse(N, nothing, False)", BUDGET, gates="none", dtype=FP16
     ),
     "a rest of the inverse forgotten, fp16": Fault(
         "product", "z = warpgroup_mma(rest, sX, z, is_async=True)", "pass", BUDGET, gates="none", dtype=FP16
@@ -160,6 +189,8 @@ INVERSE = {
     "diagonal blocks transposed": Fault("substitute", "(0, 2, 1)", "(0, 1, 2)", BUDGET),
     "blocks of 16 not joined": Fault("inverse", "(i < j)", "(i > j)", BUDGET),
     "blocks of 32 not joined": Fault("inverse", "i // 2 < j // 2", "i // 2 > j // 2", BUDGET),
+    "blocks of 16 on the diagonal joined": Fault("inverse", "(i < j)", "(i <= j)", BUDGET),
+    "blocks of 32 on the diagonal joined": Fault("inverse", "i // 2 < j // 2", "i // 2 <= j // 2", BUDGET),
     "blocks joined with the wrong sign": Fault("inverse", JOINED, JOINED.replace("-", "+", 1), BUDGET),
     "lower blocks lost": Fault("inverse", "x - x * below", "x", BUDGET),
     "a join forgets its left factor": Fault(
@@ -173,6 +204,7 @@ FAULTS = {
     **{name: fault._replace(gates="strong") for name, fault in STRONG.items()},
     **{name: fault._replace(gates="norm") for name, fault in NORMS.items()},
     **{f"{name}, strong": fault._replace(gates="strong norm") for name, fault in NORMS.items()},
+    **PLACES,
     **INVERSE,
 }
 
@@ -180,3 +212,25 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_wrong_formulas_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_noticed(monkeypatch, FAULTS[name])
+
+
+POISONED = "gl.where(gl.arange(0, 64)[:, None] < gl.arange(0, 64)[None, :], N, float('nan'))"
+
+
+@pytest.mark.parametrize("plan", [Plan(1), Plan(2, make=True)])
+@pytest.mark.parametrize(
+    ("function", "right", "wrong"),
+    [
+        ("inverse", "", ""),
+        ("inverse", "(i < j)", "(i != j)"),
+        ("inverse", "i // 2 < j // 2", "i // 2 != j // 2"),
+        ("substitute", "column < j,", "column <= j,"),
+    ],
+)
+def test_the_inverse_does_not_look_below_the_diagonal(
+    function: str, right: str, wrong: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What multiplies by zero there is right too, but for NaN."""
+    edits = {"without_state": [("inverse(N,", f"inverse({POISONED},")], function: [(right, wrong)]}
+    with pytest.raises(AssertionError, match=BUDGET) if wrong else nullcontext():
+        judged(monkeypatch, "weak", torch.bfloat16, edits, 0, plan)

@@ -69,7 +69,7 @@ GATES: dict[str, Callable[[torch.dtype], Inputs]] = {
     "similar keys, beta 2": lambda t: constant(small([330], dtype=t, gates="weak", similar_keys=True), "beta", 2.0),
     "similar keys, no decay": lambda t: small([330], dtype=t, gates="none", similar_keys=True),
     "normalised": lambda t: small(dtype=t, gates="weak") | {"use_qk_l2norm_in_kernel": True},
-    "short vectors to normalise": lambda t: unit(small(dtype=t), 2e-3),
+    "short vectors to normalise": lambda t: unit(small(dtype=t, similar_keys=True), 1e-4),
     "long vectors to normalise": lambda t: unit(small(dtype=t), 30.0),
     "similar keys to normalise": lambda t: unit(small([330], dtype=t, gates="weak", similar_keys=True), 30.0),
 }

@@ -36,7 +36,7 @@ from gated_delta.kernels.gluon.prepare import (
     copy_rows,
     copy_tile,
     gates_of,
-    halves_of_x,
+    narrow,
     normalise,
     sequence_of,
     slot_of,
@@ -52,12 +52,6 @@ WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 
 def wide(x):
     """A stride, for products that need 64 bits."""
     return gl.to_tensor(x).to(gl.int64)
-
-
-@gluon.jit
-def narrow(x):
-    """A coordinate for the copy engine."""
-    return gl.to_tensor(x).to(gl.int32)
 
 
 @gluon.jit
@@ -125,11 +119,7 @@ def make(what, NORM: gl.constexpr):
         if NORM:
             normalise(sQ.index(stage), k, vectors)
         nothing = (length - t * 64 <= 0).to(gl.int32)
-        high_T, low_T = without_state(sQ.index(stage), k, sP.index(buffer), vectors, nothing, NORM)
-        a, b = halves_of_x(high_T, low_T, k, vectors)
-        sX.index(buffer).slice(0, 64, dim=1).store(a.to(k.dtype))
-        sX.index(buffer).slice(64, 64, dim=1).store(b.to(k.dtype))
-        fence_async_shared()
+        without_state(sQ.index(stage), k, sP.index(buffer), sX.index(buffer), vectors, nothing, NORM, True)
         mbarrier.arrive(full_x.index(buffer), count=1)
 
 

@@ -17,10 +17,9 @@ from gated_delta.kernels.gluon.chain import (
     buffers,
     keep,
     load,
-    narrow,
     part_of,
 )
-from gated_delta.kernels.gluon.prepare import VECTORS
+from gated_delta.kernels.gluon.prepare import VECTORS, narrow
 
 
 @gluon.jit

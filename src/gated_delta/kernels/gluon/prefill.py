@@ -21,13 +21,13 @@ from gated_delta.library import Prefill, tensors
 CHUNK = 64
 REGISTERS = {1: (40,), 2: (232, 40), 3: (160, 152, 40)}
 """By groups that compute: of a thread of the second that keeps 64 values, of one that prepares, of one that loads."""
-PREPARE_REGISTERS = 128
-"""Four programs of :func:`prepare` on a processor."""
+PREPARE_REGISTERS = {torch.bfloat16: 96, torch.float16: 128}
+"""Five programs of :func:`prepare` on a processor; fp16, which takes two parts in more products, has four."""
 STAGES, SHORT_REGISTERS = 3, 128
 """Chunks whose q and k have room. Where sequences have one chunk: registers for two programs on a processor."""
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
-PREPARE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.65, 1.05, 1.72, 4.05, 1.4
+PREPARE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.45, 1.05, 1.72, 3.87, 1.4
 """What a chunk takes: of a processor to be prepared; where one group has a processor, where two have, and where a third
 prepares it; of a summary. From measurements on an H200 (docs/prefill.md), as what follows.
 """
@@ -131,16 +131,17 @@ def _gate(device: torch.device, value: float) -> Tensor:
 def bound_prefill(call: Prefill) -> Start:
     """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits: takes the addresses of the tensors."""
     launches = Launches(*tensors(call))
-    q, k, v, cu_seqlens, output = call.q, call.k, call.v, call.cu_seqlens, call.output
-    source, has_initial_state = call.source, call.has_initial_state
-    (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
+    (total, heads, _), count = call.output.shape, call.cu_seqlens.shape[0] - 1
     # Parts change bits, and a checkpoint has those of the final state of a prefix.
     whole = call.batch_invariant or call.checkpoints is not None
-    groups, part, make, stages = _TAKEN.get() or plan(total, count, heads, _processors(q.device), whole)
+    groups, part, make, stages = _TAKEN.get() or plan(total, count, heads, _processors(call.q.device), whole)
     if total == 0 and count == 0:
         return launches.bound()
     if total == 0:  # the copy engine wants addresses
-        q, k, v = (launches.scratch(1, *y.shape[1:], dtype=y.dtype) for y in (q, k, v))
+        q, k, v = (launches.scratch(1, *y.shape[1:], dtype=y.dtype) for y in (call.q, call.k, call.v))
+        call = call._replace(q=q, k=k, v=v)
+    q, k, v, cu_seqlens, output = call.q, call.k, call.v, call.cu_seqlens, call.output
+    source, has_initial_state = call.source, call.has_initial_state
     places, g, beta, x, p, vectors = count, None, None, None, None, None
     if make:
         g, beta = _gates(call)
@@ -173,7 +174,7 @@ def bound_prefill(call: Prefill) -> Start:
 def _gates(call: Prefill) -> tuple[Tensor, Tensor]:
     given = (call.g, float(not call.log_gates)), (call.beta, 1.0)
     size = call.output.shape[:2]
-    g, beta = (_gate(call.q.device, value).expand(size) if x is None else x for x, value in given)
+    g, beta = (_gate(call.output.device, value).expand(size) if x is None else x for x, value in given)
     return g, beta
 
 
@@ -186,14 +187,14 @@ def _prepared(call: Prefill, launches: Launches) -> tuple[Tensor, Tensor, Tensor
     x, p = (launches.scratch(slots, heads, CHUNK, columns, dtype=q.dtype) for columns in (128, CHUNK))
     vectors = launches.scratch(slots, heads, VECTORS.value, dtype=torch.float32)
     args = (
-        q, k, g, beta, cu_seqlens, state_indices, x, p, vectors, call.scale, call.null_slot, count,
-        *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(cu_seqlens, 0),
-        *strides(state_indices, 0),
+        q, k, rows(q), rows(k), tiles(x), tiles(p), g, beta, cu_seqlens, state_indices, vectors, call.scale,
+        call.null_slot, count, *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1),
+        *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
     constants |= {"NORM": call.use_qk_l2norm, "LOG": call.log_gates}
     if count > 0:
-        launches.add(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS)
+        launches.add(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS[q.dtype])
     return x, p, vectors
 
 

@@ -7,9 +7,10 @@ chain.py has two products left. All matrices are held transposed, so that T is t
 registers, in two parts: one alone would exceed the error budget where keys are similar.
 
 * Decays inside a chunk only multiply rows and columns of what comes out: with ``E_i = 2^(G_i)``, G a running sum of
-  log2 alpha, ``T = diag(1/E) (I + tril(K K^T) diag(beta))^-1 diag(E beta)`` and so on, and E cancels inside of every
-  product. E is taken relative to the chunk's middle. Where a chunk decays by more than 2^-200 that would leave fp32:
-  then every entry gets its own decay.
+  log2 alpha, and ``M = I + tril(diag(beta) K K^T, -1)``, ``T = diag(E) M^-1 diag(beta / E)``, and E cancels inside of
+  both products: ``X = diag(beta E_C / E) M^-T K``, ``P' = diag(E) tril(Q K^T) M^-1 diag(beta / E)``. For P', E is taken
+  relative to the chunk's middle. Where a chunk decays by more than 2^-200 that would leave fp32: then every entry of P'
+  gets its own decay.
 * A running sum is split into multiples of 1/8, whose sums and differences are exact, and a rest: a strong decay costs
   the weak ones behind it nothing. alpha = 0 counts as 2^-160, which is 0 in fp32.
 * The L2 norm is a factor of a row of q or k, and commutes with every product: q and k enter as they are stored.
@@ -28,23 +29,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gated_delta.kernels.gluon.inverse import ACC, inverse
+from gated_delta.kernels.gluon.inverse import ACC, inverse, layout_of
 
 # Vectors of a chunk in memory: what multiplies rows of K S and of Q S, and the decay of the state, 64 times.
 VECTORS = gl.constexpr(4 * 64)
 FROM_K, FROM_Q, DECAY = gl.constexpr(0), gl.constexpr(64), gl.constexpr(128)
 # Behind these in shared memory, vectors that only this file looks at: store_vectors has them.
 LINES = gl.constexpr(16 * 64)
-HIGH, GROWN, SHRUNK, LEFT = gl.constexpr(192), gl.constexpr(256), gl.constexpr(320), gl.constexpr(384)
-STRONG, PLACES, OF_K, OF_Q = gl.constexpr(448), gl.constexpr(512), gl.constexpr(576), gl.constexpr(640)
-ROWS_OF_P, COLUMNS_OF_P, ROWS_OF_X = gl.constexpr(704), gl.constexpr(768), gl.constexpr(832)
-NORM_K = gl.constexpr(896)
+HIGH, GROWN, SHRUNK, STRONG = gl.constexpr(192), gl.constexpr(256), gl.constexpr(320), gl.constexpr(384)
+OF_K, OF_Q, ROWS_OF_P = gl.constexpr(512), gl.constexpr(576), gl.constexpr(640)
+COLUMNS_OF_P, ROWS_OF_X, NORM_K = gl.constexpr(704), gl.constexpr(768), gl.constexpr(832)
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 """Their names since Triton 3.8, or those before 3.9."""
 LINE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 """64 numbers, all in every warp."""
 PLACE = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
+
+
+@gluon.jit
+def narrow(x):
+    """A coordinate for the copy engine."""
+    return gl.to_tensor(x).to(gl.int32)
 
 
 @gluon.jit
@@ -116,26 +123,32 @@ def line_of(vectors, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def rows_of(vectors, WHICH: gl.constexpr):
-    return vectors.slice(WHICH, 64).load(gl.SliceLayout(1, ACC))[:, None]
+def rows_of(vectors, WHICH: gl.constexpr, COLUMNS: gl.constexpr = 64):
+    return vectors.slice(WHICH, 64).load(gl.SliceLayout(1, layout_of(COLUMNS)))[:, None]
 
 
 @gluon.jit
-def columns_of(vectors, WHICH: gl.constexpr):
-    return vectors.slice(WHICH, 64).load(gl.SliceLayout(0, ACC))[None, :]
+def columns_of(vectors, WHICH: gl.constexpr, FIRST: gl.constexpr = 0, COUNT: gl.constexpr = 64):
+    return vectors.slice(WHICH + FIRST, COUNT).load(gl.SliceLayout(0, layout_of(COUNT)))[None, :]
 
 
 @gluon.jit
-def upper(vectors):
-    """1 on the diagonal and above, 0 below: in floating point, for want of registers for 32 conditions."""
-    return gl.minimum(gl.maximum(columns_of(vectors, PLACES) - rows_of(vectors, PLACES) + 1.0, 0.0), 1.0)
+def upper(FIRST: gl.constexpr, COUNT: gl.constexpr, nothing):
+    """Which entries of COUNT columns from FIRST on are on the diagonal or above."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, layout_of(COUNT))) + nothing
+    return FIRST + gl.arange(0, COUNT, gl.SliceLayout(0, layout_of(COUNT)))[None, :] >= row[:, None]
 
 
 @gluon.jit
-def decays(vectors, allowed):
-    """``2^(G_j - G_i)``; zero below the diagonal."""
-    difference = allowed * (columns_of(vectors, HIGH) - rows_of(vectors, HIGH) + 2048.0) - 2048.0
-    return gl.exp2(difference) * rows_of(vectors, SHRUNK) * columns_of(vectors, GROWN)
+def decayed(PT, vectors, nothing, FIRST: gl.constexpr):
+    """Columns of P'^T from FIRST on, of those without decays and beta."""
+    COUNT: gl.constexpr = PT.shape[1]
+    PT = PT * rows_of(vectors, ROWS_OF_P, COUNT) * columns_of(vectors, COLUMNS_OF_P, FIRST, COUNT)
+    if gl.max(vectors.slice(STRONG, 1).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0) > 0:
+        decays = gl.exp2(columns_of(vectors, HIGH, FIRST, COUNT) - rows_of(vectors, HIGH, COUNT))
+        decays = gl.where(upper(FIRST, COUNT, nothing), decays, 0.0)
+        PT = PT * decays * rows_of(vectors, SHRUNK, COUNT) * columns_of(vectors, GROWN, FIRST, COUNT)
+    return PT
 
 
 @gluon.jit
@@ -151,17 +164,11 @@ def parts(x, DTYPE: gl.constexpr):
 
 @gluon.jit
 def product2(high, low, y):
-    """``(high + low) @ y``"""
-    z = warpgroup_mma(low, y, gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True)
+    """``(high + low) @ y``, under way."""
+    COUNT: gl.constexpr = y.shape[1]
+    zero = gl.zeros([64, COUNT], gl.float32, layout_of(COUNT))
+    z = warpgroup_mma(low, y, zero, use_acc=False, is_async=True)
     return warpgroup_mma(high, y, z, is_async=True)
-
-
-@gluon.jit
-def store_square(base, x, LINE_LENGTH: gl.constexpr):
-    """``[64, 64]`` in the dtype of base, lines of so many numbers."""
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    n, d = gl.arange(0, 64, gl.SliceLayout(1, rows))[:, None], gl.arange(0, 64, gl.SliceLayout(0, rows))[None, :]
-    gl.store(base + n * LINE_LENGTH + d, gl.convert_layout(x.to(base.dtype.element_ty), rows))
 
 
 @gluon.jit
@@ -182,19 +189,17 @@ def store_vectors(log_alpha, strength, scale, vectors, OF_Q_APART: gl.constexpr)
     """Put into shared memory what a chunk's matrices are multiplied with, and whether its decay is strong."""
     high, grown, shrunk, whole, rest = running(log_alpha)
     middle = gl.floor(whole * 4.0) * 0.125
-    strong = gl.max(gl.abs(high - middle), axis=0) > 100.0
+    strong = whole < -200.0  # gates are at most 1: nothing before is lower
     all, start = gl.zeros([64], gl.float32, LINE), gl.exp2(high) * grown
     left, flag = gl.exp2(whole - high) * rest * shrunk, gl.where(strong, 1.0, 0.0) + all
     decay = gl.exp2(whole) * rest + all
-    vectors.slice(0, 512).store(eight(-start, start * scale, decay, high, grown, shrunk, left, flag))
+    vectors.slice(0, 512).store(eight(-start, start * scale, decay, high, grown, shrunk, flag, all))
     up = gl.where(strong, 1.0, gl.exp2(high - middle) * grown)
     down = gl.where(strong, strength, gl.exp2(middle - high) * shrunk * strength)
-    of_x = down * gl.where(strong, 1.0, gl.exp2(whole - middle) * rest)
     of_q = scale + all
     if not OF_Q_APART:
         up, of_q = up * scale, all
-    places = gl.arange(0, 64, LINE).to(gl.float32)
-    vectors.slice(512, 512).store(eight(places, strength, of_q, down, up, of_x, all, all))
+    vectors.slice(512, 512).store(eight(strength, of_q, down, up, left * strength, all, all, all))
 
 
 @gluon.jit
@@ -226,51 +231,49 @@ def normalise(sQ, sK, vectors):
 
 
 @gluon.jit
-def without_state(sQ, sK, sP, vectors, nothing, NORM: gl.constexpr):
-    """P'^T, and T as left operand in two parts on its way into X. All buffers are there before products run: the
-    compiler takes the room of operands for free once those are issued.
+def without_state(sQ, sK, sP, sX, vectors, nothing, NORM: gl.constexpr, ROOM: gl.constexpr):
+    """P' and X into shared memory, fenced; sX may be sK. ROOM: there are registers for products side by side. All
+    buffers are there before products run: the compiler takes the room of operands for free once those are issued.
     """
     dtype: gl.constexpr = sP.dtype
+    FINE: gl.constexpr = dtype == gl.float16
     zero = gl.zeros([64, 64], gl.float32, ACC)
     kq = warpgroup_mma(sK, sQ.permute((1, 0)), zero, use_acc=False, is_async=True)
-    kk = warpgroup_mma(sK, sK.permute((1, 0)), zero, use_acc=False, is_async=True)
-    strong = gl.max(vectors.slice(STRONG, 1).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0) > 0
-    allowed = upper(vectors)
-    if strong:
-        allowed = decays(vectors, allowed)
-    if NORM:
-        allowed = allowed * rows_of(vectors, NORM_K)
-    KQ = warpgroup_mma_wait(1, deps=(kq,)) * allowed
-    if NORM or dtype == gl.float16:  # before it is rounded to 16 bits, which it may be too large for
+    if ROOM:
+        kk = warpgroup_mma(sK, sK.permute((1, 0)), zero, use_acc=False, is_async=True)
+    KQ = gl.where(upper(0, 64, nothing), warpgroup_mma_wait(1 if ROOM else 0, deps=(kq,)), 0.0)
+    if NORM or FINE:  # before it is rounded to fp16, which it may be too large or too small for
         KQ = KQ * columns_of(vectors, OF_Q)
-    sP.store(KQ.to(dtype))
-    N = warpgroup_mma_wait(0, deps=(kk,)) * allowed * columns_of(vectors, OF_K)
-    T = inverse(N, nothing, dtype == gl.float16)
-    high_T, low_T = parts(T, dtype)
-    fence_async_shared()
-    PT, high_T, low_T = warpgroup_mma_wait(0, deps=(product2(high_T, low_T, sP), high_T, low_T))
-    PT = PT * rows_of(vectors, ROWS_OF_P) * columns_of(vectors, COLUMNS_OF_P)
-    if strong:
-        T = T * columns_of(vectors, LEFT)
-        high_T, low_T = parts(T, dtype)
+    if NORM and FINE:
+        KQ = KQ * rows_of(vectors, NORM_K)
+    sP.permute((1, 0)).store(KQ.to(dtype))
+    if not ROOM:
+        kk = warpgroup_mma(sK, sK.permute((1, 0)), zero, use_acc=False, is_async=True)
+    N = warpgroup_mma_wait(0, deps=(kk,)) * columns_of(vectors, OF_K)
     if NORM:
-        high_T, low_T = parts(T * columns_of(vectors, NORM_K), dtype)
-    sP.permute((1, 0)).store(PT.to(dtype))
-    return high_T, low_T
-
-
-@gluon.jit
-def halves_of_x(high_T, low_T, sK, vectors):
-    a = product2(high_T, low_T, sK.slice(0, 64, dim=1))
-    b = product2(high_T, low_T, sK.slice(64, 64, dim=1))
-    a, b, high_T, low_T = warpgroup_mma_wait(0, deps=(a, b, high_T, low_T))
-    rows = rows_of(vectors, ROWS_OF_X)
-    return a * rows, b * rows
+        N = N * rows_of(vectors, NORM_K)
+    T = inverse(N, nothing, FINE)
+    if NORM and not FINE:
+        T = T * columns_of(vectors, NORM_K)
+    high, low = parts(T, dtype)
+    fence_async_shared()
+    WIDTH: gl.constexpr = 64 if ROOM else 32
+    for first in gl.static_range(0, 64, WIDTH):
+        tile = sP.slice(first, WIDTH, dim=0).permute((1, 0))
+        PT, high, low = warpgroup_mma_wait(0, deps=(product2(high, low, tile), high, low))
+        tile.store(decayed(PT, vectors, nothing, first).to(dtype))
+    if NORM and FINE:
+        high, low = parts(T * columns_of(vectors, NORM_K), dtype)
+    for half in gl.static_range(0, 128, 64):
+        x = product2(high, low, sK.slice(half, 64, dim=1))
+        X, high, low = warpgroup_mma_wait(0, deps=(x, high, low))
+        sX.slice(half, 64, dim=1).store((X * rows_of(vectors, ROWS_OF_X)).to(dtype))
+    fence_async_shared()
 
 
 @gluon.jit(do_not_specialize=["N", "null_slot"])
 def prepare(
-    q, k, g, beta, cu_seqlens, slots, x, p, vectors, scale, null_slot, N,
+    q_rows, k_rows, q, k, x, p, g, beta, cu_seqlens, slots, vectors, scale, null_slot, N,
     q_row, q_head, k_row, k_head, g_row, g_head, beta_row, beta_head, cu_stride, slot_stride,
     RQ: gl.constexpr, RK: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr,
 ):  # fmt: skip
@@ -285,34 +288,35 @@ def prepare(
     if slot_of(slots, slot_stride, sequence, null_slot) < 0:
         return
     length = gl.minimum(end - first, 64).to(gl.int32)
-    dtype: gl.constexpr = q.dtype.element_ty
+    dtype: gl.constexpr = q.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], dtype)
     sQ = gl.allocate_shared_memory(dtype, [64, 128], tile)
     sK = gl.allocate_shared_memory(dtype, [64, 128], tile)
     sP = gl.allocate_shared_memory(dtype, [64, 64], gl.NVMMASharedLayout.get_default_for([64, 64], dtype))
     own = vectors_in_shared(1, LINES).index(0)
     landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(landed.index(0), count=128)
+    mbarrier.init(landed.index(0), count=1)
+    if length == 64:
+        mbarrier.expect(landed.index(0), 2 * 64 * 256)
+        copy_tile(k, [narrow(first), narrow(head // RK * k_head)], landed.index(0), sK)
+        copy_tile(q, [narrow(first), narrow(head // RQ * q_head)], landed.index(0), sQ)
+    else:  # the copy engine would bring the next sequence's rows as well
+        copy_rows(sK, k_rows + (first * k_row + head // RK * k_head), k_row, length, 128)
+        copy_rows(sQ, q_rows + (first * q_row + head // RQ * q_head), q_row, length, 128)
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        fence_async_shared()
+        mbarrier.arrive(landed.index(0), count=1)
     g += first * g_row + head * g_head
     beta += first * beta_row + head * beta_head
     log_alpha, strength = gates_of(g, beta, length, g_row, beta_row, LOG)
-    copy_rows(sK, k + (first * k_row + head // RK * k_head), k_row, length, 128)
-    copy_rows(sQ, q + (first * q_row + head // RQ * q_head), q_row, length, 128)
-    async_copy.mbarrier_arrive(landed.index(0), increment_count=False)
     store_vectors(log_alpha, strength, scale, own, NORM or dtype == gl.float16)
     mbarrier.wait(landed.index(0), 0)
-    fence_async_shared()
     if NORM:
         normalise(sQ, sK, own)
-    high_T, low_T = without_state(sQ, sK, sP, own, 0, NORM)
-    # Writes to memory come after the last fence, which would wait for them.
+    without_state(sQ, sK, sP, sK, own, 0, NORM, False)
     chunk = place.to(gl.int64) * gl.num_programs(1) + head
-    x, p, vectors = x + chunk * (64 * 128), p + chunk * (64 * 64), vectors + chunk * VECTORS
-    line: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    gl.store(vectors + gl.arange(0, VECTORS, line), own.slice(0, VECTORS).load(line))
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    n, d = gl.arange(0, 64, gl.SliceLayout(1, rows))[:, None], gl.arange(0, 64, gl.SliceLayout(0, rows))[None, :]
-    gl.store(p + n * 64 + d, sP.load(rows))
-    a, b = halves_of_x(high_T, low_T, sK, own)
-    store_square(x, a, 128)
-    store_square(x + 64, b, 128)
+    store_tile(x, [narrow(chunk * 64), 0], sK)
+    store_tile(p, [narrow(chunk * 64), 0], sP)
+    gl.store(vectors + chunk * VECTORS + gl.arange(0, VECTORS, LINE), own.slice(0, VECTORS).load(LINE))
+    tma.store_wait(0)

@@ -2,8 +2,8 @@
 
 ``(I + N)^-1`` with N strictly upper triangular (what it has on and below its diagonal is not looked at): diagonal
 blocks of 16 are inverted by substitution in fp32, a thread a row; twice, pairs of blocks are then joined,
-``[[A, C], [0, D]]^-1 = [[A^-1, -A^-1 C D^-1], [0, D^-1]]``. For bf16 activations these products are fp16: every entry is
-at most 2, and 11 bits cost the error budget 2 %. For fp16 activations they have two parts.
+``[[A, C], [0, D]]^-1 = [[A^-1, -A^-1 C D^-1], [0, D^-1]]``. For bf16 activations these products are fp16: every entry
+is at most 2, and 11 bits cost the error budget 2 %. For fp16 activations they have two parts.
 
 What follows from the places of rows and columns gets ``nothing`` added, a 0 that the compiler does not know inside a
 loop: it would compute it before the loop, keep it in memory for want of registers, and wait for it.
@@ -43,8 +43,8 @@ def axis_of(SIZE: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def substitute(N, sD, nothing):
-    """Inverses of the diagonal blocks of 16 of ``I + N``; sD ``[block, row, column]``. Column by column, so that what was
-    found last enters a sum last, and nothing waits for the rest of it.
+    """Inverses of the diagonal blocks of 16 of ``I + N``; sD ``[block, row, column]``. Column by column, so that what
+    was found last enters a sum last, and nothing waits for the rest of it.
     """
     sN = gl.allocate_shared_memory(gl.float32, [4, 16, 16], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     thin = gl.reshape(N, [64, 4, 16])
@@ -131,10 +131,10 @@ def inverse(N, nothing, FINE: gl.constexpr):
     j = (gl.arange(0, 64, gl.SliceLayout(0, ACC)) // 16)[None, :]
     sD = gl.allocate_shared_memory(gl.float32, [4, 16, 16], BLOCKS)
     substitute(N, sD, nothing)
-    near = left_of(gl.where((i // 2 == j // 2) & (i < j), N, 0.0), 16, FINE)
-    far = left_of(gl.where(i // 2 < j // 2, N, 0.0), 32, FINE)
     diagonal = left_of(spread(sD, N, nothing), 16, FINE)
     x = sD.reshape([64, 16]).load(layout_of(16))
+    far = left_of(gl.where(i // 2 < j // 2, N, 0.0), 32, FINE)
+    near = left_of(gl.where((i // 2 == j // 2) & (i < j), N, 0.0), 16, FINE)
     y = product(diagonal, product(near, x, 16, FINE), 16, FINE)
     below = lower(16, layout_of(16), nothing)
     x = beside(x - x * below, x * below - y * (1.0 - below))

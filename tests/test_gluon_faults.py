@@ -73,9 +73,10 @@ EXPECT_QK, STORED = "mbarrier.expect(landed.index(0), 2 * 64 * 256)", "tma.store
 STORE_X = "store_tile(x, [narrow(chunk * 64), 0], sK)"
 KEEP_STARVES, LOAD_STARVES = r"deadlock: .*keep_from.* waits for {}.0., ", r"deadlock: .*load waits for {}.0., "
 MAKE_STARVES, PREPARE_STARVES = r"deadlock: .*make waits for {}.0., ", "deadlock: the program waits for landed"
-# Not here: fences in keep, for products read what the copy engine wrote without one, and make has its own. With three
-# stages nothing hangs on empty, since load has waited by then for the buffers of the chunk that had the stage. make
-# releases nothing: keep does after it has waited for what make tells of last.
+# Not here: fences in keep, for products read what the copy engine wrote without one, and make has its own. The first
+# one of without_state, for between P's store and its product come those of the inverse. With three stages nothing hangs
+# on empty, since load has waited by then for the buffers of the chunk that had the stage. make releases nothing: keep
+# does after it has waited for what make tells of last.
 KEEP = {
     "keep does not wait for q and k": Fault("keep", FULL, "pass", RACE),
     "keep does not wait for v, X and P": Fault("keep", FULL_X, "pass", RACE),

@@ -134,6 +134,13 @@ NORMS = {
     "norm of k in K S forgotten": Fault("normalise", "multiply(line_of(vectors, FROM_K), k_norm)", "pass", BUDGET),
     "norm of k in rows forgotten": Fault("without_state", "N = N * rows_of(vectors, NORM_K)", "pass", BUDGET),
     "norm of k in X forgotten": Fault("without_state", "T = T * columns_of(vectors, NORM_K)", "pass", BUDGET),
+    "norm of k in P forgotten, fp16": Fault(
+        "without_state", "KQ = KQ * rows_of(vectors, NORM_K)", "pass", OUTPUT, dtype=FP16
+    ),
+    "norm of k in P twice, fp16": Fault("without_state", "NORM and not FINE", "NORM", OUTPUT, dtype=FP16),
+    "norm of k in X forgotten, fp16": Fault(
+        "without_state", "parts(T * columns_of(vectors, NORM_K), dtype)", "parts(T, dtype)", BUDGET, dtype=FP16
+    ),
     "norm of q not multiplied": Fault("without_state", "KQ = KQ * columns_of(vectors, OF_Q)", "pass", OUTPUT),
     "the norm of q left where that of k is": Fault(
         "normalise",

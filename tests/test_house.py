@@ -64,5 +64,6 @@ def test_few_blocks_stand_twice() -> None:
 
 def test_every_test_file_is_named_for_what_it_tests() -> None:
     helpers = {"helpers.py", "layer_helpers.py", "interpreter.py", "compile_kernels.py", "conftest.py"}
-    helpers |= {"gluon_emulator.py", "gluon_block.py", "gluon_shared.py", "gluon_values.py", "prefill_helpers.py"}
+    helpers |= {f"gluon_{name}.py" for name in ("emulator", "block", "copies", "shared", "values")}
+    helpers |= {"prefill_helpers.py"}
     assert all(p.name.startswith("test_") or p.name in helpers for p in (ROOT / "tests").glob("*.py"))

@@ -131,10 +131,10 @@ def inverse(N, nothing, FINE: gl.constexpr):
     j = (gl.arange(0, 64, gl.SliceLayout(0, ACC)) // 16)[None, :]
     sD = gl.allocate_shared_memory(gl.float32, [4, 16, 16], BLOCKS)
     substitute(N, sD, nothing)
-    near = left_of(gl.where((i // 2 == j // 2) & (i < j), N, 0.0), 16, FINE)
-    far = left_of(gl.where(i // 2 < j // 2, N, 0.0), 32, FINE)
     diagonal = left_of(spread(sD, N, nothing), 16, FINE)
     x = sD.reshape([64, 16]).load(layout_of(16))
+    far = left_of(gl.where(i // 2 < j // 2, N, 0.0), 32, FINE)
+    near = left_of(gl.where((i // 2 == j // 2) & (i < j), N, 0.0), 16, FINE)
     y = product(diagonal, product(near, x, 16, FINE), 16, FINE)
     below = lower(16, layout_of(16), nothing)
     x = beside(x - x * below, x * below - y * (1.0 - below))

@@ -164,7 +164,6 @@ def plot_command(
 def compare_command(
     before: Annotated[Path, existing_file("A.csv")],
     after: Annotated[Path, existing_file("B.csv")],
-    threshold: Annotated[float, typer.Option(min=0, help="Per cent of change that is shown.")] = 3.0,
 ) -> None:
-    """What got slower, or faster, from one run to another."""
-    console.print(report.compared(records.read(before), records.read(after), threshold / 100))
+    """Our times in B, with those in A beside them: below 1 in the last column it got slower."""
+    console.print(report.tables(records.compared(records.read(before), records.read(after))))

@@ -1,4 +1,4 @@
-"""Rows as tables for the terminal: of one run, and of what two have in common."""
+"""Rows as tables for the terminal."""
 
 from collections.abc import Sequence
 from statistics import geometric_mean
@@ -96,24 +96,3 @@ def summary(rows: Sequence[Row]) -> str:
             parts.append(f"{mean:.2f} {words} (geometric mean of {len(found)}); worst {found[worst]:.2f} in {worst[1]}")
     lost = sum(speedup < 1 for speedup in peers.values())
     return "; ".join([*parts, *([f"slower than a peer in {lost} of {len(peers)} cases"] if lost else [])])
-
-
-def compared(before: Sequence[Row], after: Sequence[Row], threshold: float) -> Group:
-    """The times that changed by more than ``threshold`` (0.03 is 3 %), the most slowed down first, and what it all
-    comes to. Rows are matched by group, case, gates and contender.
-    """
-    old, new = ({row.key: row.us for row in rows if row.us} for rows in (before, after))
-    ratios = {key: new[key] / old[key] for key in old if key in new}
-    table = Table("group", "case", "gates", "contender", "before", "after", "", title="us a call", title_justify="left")
-    for key, ratio in sorted(ratios.items(), key=lambda pair: -pair[1]):
-        if abs(ratio - 1) > threshold:
-            change = f"[{'red' if ratio > 1 else 'green'}]{100 * (ratio - 1):+.1f} %[/]"
-            table.add_row(*key, number(old[key]), number(new[key]), change)
-    lines = [f"{len(old.keys() - new.keys())} times only before, {len(new.keys() - old.keys())} only after"]
-    if ours := [ratio for key, ratio in ratios.items() if key[-1] == OURS]:
-        slower, faster = (sum(sign * (ratio - 1) > threshold for ratio in ours) for sign in (1, -1))
-        lines.append(
-            f"{OURS}: {slower} of {len(ours)} cases slower by more than {threshold:.0%}, {faster} faster; "
-            f"geometric mean {100 * (geometric_mean(ours) - 1):+.1f} %"
-        )
-    return Group(*([table] if table.row_count else []), *lines)

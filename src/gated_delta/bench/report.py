@@ -77,12 +77,10 @@ def _table(group: str, rows: Sequence[Row]) -> Table:
 
 
 def _time(row: Row) -> str:
-    return f"[red]{row.status}[/]" if row.us is None else number(row.us)
-
-
-def number(x: float) -> str:
     """Three digits that matter, or all before the point."""
-    return f"{x:,.0f}" if x >= 1000 else f"{x:.1f}" if x >= 100 else f"{x:.2f}"
+    if row.us is None:
+        return f"[red]{row.status}[/]"
+    return f"{row.us:,.0f}" if row.us >= 1000 else f"{row.us:.1f}" if row.us >= 100 else f"{row.us:.2f}"
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -159,7 +159,7 @@ def main() -> None:
     """Entry point: bad input is one sentence on standard error and exit status 2."""
     try:
         sys.exit(app(standalone_mode=False))
-    except GatedDeltaError as error:
+    except (GatedDeltaError, OSError) as error:
         sentence = str(error)
     except typer.Abort:
         sys.exit(130)

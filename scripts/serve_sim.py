@@ -29,7 +29,7 @@ from torch.profiler import profile, record_function
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.bench import machine, peers
 from gated_delta.bench.cases import STATES, Case, Heads
-from gated_delta.bench.cli import among, console, make_folder, parsed, shown
+from gated_delta.bench.cli import among, console, parsed, shown
 from gated_delta.cli import pick_device
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d_update
@@ -380,7 +380,7 @@ def serve_command(
         table.add_row(key, *(row.get(key, "") for row in rows))
     console.print(table)
     if out is not None:
-        make_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
         with (out / "serve-sim.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gated_delta import __version__
+from gated_delta.bench import machine
 from gated_delta.bench.cli import app as bench_app
 from gated_delta.bench.cli import existing_file, shown
 from gated_delta.dispatch import OPERATORS, explain
@@ -60,13 +61,9 @@ def printable(text: str) -> str:
 @app.command("generate")
 def generate_command(
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    model: Annotated[
-        Path | None, typer.Option(help="Folder of a Hugging Face checkpoint; without it: the bundled model.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face checkpoint; else: bundled.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate; the bundled model's are bytes.")] = 200,
-    speculative: Annotated[
-        int, typer.Option(min=0, max=64, help="Most bytes drafted a step, looked up in the text; 0: none.")
-    ] = 0,
+    speculative: Annotated[int, typer.Option(min=0, max=64, help="Most bytes drafted a step; 0: none.")] = 0,
     state_dtype: Annotated[str, typer.Option(help="Storage of the recurrent state: fp32 or bf16.")] = "fp32",
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
@@ -91,8 +88,7 @@ def generate_command(
 
 
 def _summary_table(summary: Summary, device: str) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    decoded = summary.tokens - 1
+    table, decoded = Table(box=None, show_header=False, padding=(0, 2, 0, 0)), summary.tokens - 1
     table.add_row("prefill", f"{summary.prompt_tokens} tokens, {summary.prefill_rate:,.0f} tokens/s on {device}")
     table.add_row("decode", f"{decoded} tokens, {summary.decode_rate:,.0f} tokens/s in {summary.steps} steps")
     if summary.drafted:
@@ -148,19 +144,13 @@ def check_command(device: DeviceOption = "auto") -> None:
 def info_command() -> None:
     """Versions, devices, the bundled model, and which backend serves what."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("gated-delta", __version__)
-    table.add_row("python", platform.python_version())
-    table.add_row("torch", str(torch.__version__))
-    for package in ("triton", "safetensors"):
-        table.add_row(package, "installed" if importlib.util.find_spec(package) else "not installed")
-    threads = f"{torch.get_num_threads()} threads"
-    table.add_row("cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}")
-    for index in range(torch.cuda.device_count()):
-        table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
-    for name, fact in weights_facts().items():
-        table.add_row(f"model {name}", fact)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    facts = {"gated-delta": __version__, "python": platform.python_version(), **machine.facts(devices[-1])}
+    facts["cpu"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    for name, fact in (facts | {f"model {name}": fact for name, fact in weights_facts().items()}).items():
+        table.add_row(name, fact or "none")
     console.print(table)
-    for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+    for device in devices:
         for operator in OPERATORS:
             console.print(str(explain(operator, device=device)), highlight=False, markup=False)
 
@@ -169,7 +159,7 @@ def main() -> None:
     """Entry point: bad input is one sentence on standard error and exit status 2."""
     try:
         sys.exit(app(standalone_mode=False))
-    except GatedDeltaError as error:
+    except (GatedDeltaError, OSError) as error:
         sentence = str(error)
     except typer.Abort:
         sys.exit(130)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -73,10 +73,7 @@ def existing_file(name: str, words: str = "") -> Any:
 @app.command("run")
 def run_command(
     groups: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Of prefill, decode, verify, step, conv, norm, host, layer; all but layer if none is named."
-        ),
+        list[str] | None, typer.Argument(help=f"Of {', '.join(cases.GROUPS)}; else all but layer.")
     ] = None,
     heads: Annotated[str, typer.Option(help='Head layouts such as "16/32,2/8", or "all".')] = "",
     seqs: Annotated[str, typer.Option(help='Sequences such as "1x8192,2048x4", or "all".')] = "",
@@ -84,15 +81,13 @@ def run_command(
     tokens: Annotated[str, typer.Option(help='Tokens a row of a verification, such as "2,4".')] = "",
     state: Annotated[str, typer.Option(help="States of steps: of fp32, bf16, fp16.")] = "fp32,bf16",
     gates: Annotated[str, typer.Option(help="Decay: of none, weak, mix, model.")] = "model",
-    peers_: Annotated[
-        str, typer.Option("--peers", help="auto, none, or of flashinfer, flashqla, fla, transformers.")
-    ] = "auto",
+    peers_: Annotated[str, typer.Option("--peers", help=f"auto, none, or of {', '.join(peers.OTHERS)}.")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of each group.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for bench.csv and the pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.csv.")] = None,
     limit: Annotated[float, typer.Option(min=0.1, help="Seconds that a contender may take for one step.")] = 120.0,
     device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
 ) -> None:
-    """Measure, and show a table; with --out, leave a CSV and pictures."""
+    """Measure, and show a table; with --out, leave a CSV."""
     from gated_delta.cli import pick_device  # noqa: PLC0415 - it mounts this module
 
     place = pick_device(device)
@@ -108,7 +103,7 @@ def run_command(
     )  # fmt: skip
     contenders, absent = peers.choose(parsed(peers_, "--peers", str), place)
     if out is not None:
-        make_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
     if place == "cpu":
         console.print("On the CPU: smaller cases than on a GPU unless named, and times that show the order only.")
     absentees = [records.Row(records.ABSENT, name, name, "absent", note=why) for name, why in absent.items()]
@@ -122,17 +117,6 @@ def run_command(
     console.print(report.tables(rows))
     if out is not None:
         _say(f"written: {out / 'bench.csv'}")
-        try:
-            _draw(rows, out)
-        except OptionError as error:
-            _say(f"no pictures: {error}; gated-delta bench plot draws them later")
-
-
-def make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError("bench", "--out", f"{out} ({error.strerror})", "a folder, or a name for a new one") from error
 
 
 def shown(steps: Iterable[T], words: str, total: int) -> Iterator[T]:
@@ -146,27 +130,22 @@ def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False)
 
 
-def _draw(rows: Sequence[records.Row], out: Path) -> None:
-    for file in plots.draw(rows, out):
-        _say(f"written: {file}")
-
-
 @app.command("plot")
 def plot_command(
     files: Annotated[list[Path], existing_file("CSV...", "What runs have left.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures, if not that of the first file.")] = None,
 ) -> None:
-    """Draw the pictures of one or several CSV files again."""
-    rows, folder = [row for file in files for row in records.read(file)], out or files[0].parent
-    make_folder(folder)
-    _draw(rows, folder)
+    """Draw pictures of one or several CSV files."""
+    folder = out or files[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in plots.draw([row for file in files for row in records.read(file)], folder):
+        _say(f"written: {picture}")
 
 
 @app.command("compare")
 def compare_command(
     before: Annotated[Path, existing_file("A.csv")],
     after: Annotated[Path, existing_file("B.csv")],
-    threshold: Annotated[float, typer.Option(min=0, help="Per cent of change that is shown.")] = 3.0,
 ) -> None:
-    """What got slower, or faster, from one run to another."""
-    console.print(report.compared(records.read(before), records.read(after), threshold / 100))
+    """Our times in B, with those in A beside them: below 1 in the last column it got slower."""
+    console.print(report.tables(records.compared(records.read(before), records.read(after))))

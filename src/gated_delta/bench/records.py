@@ -136,3 +136,10 @@ def with_best_peer(rows: Sequence[Row]) -> list[Row]:
     best = min(times, key=times.__getitem__)
     related = {"best_peer": best, "speedup": times[best] / own}
     return [replace(row, **related) if row.contender == OURS else row for row in rows]
+
+
+def compared(before: Iterable[Row], after: Iterable[Row]) -> list[Row]:
+    """Our rows of one run, with those of an earlier one as a contender named "before"."""
+    new, old = ([replace(row, speedup=None) for row in rows if row.contender == OURS] for rows in (after, before))
+    cases = cases_of([*new, *(replace(row, contender="before") for row in old)])
+    return [row for case in cases.values() for row in with_best_peer([*case.values()])]

@@ -1,4 +1,4 @@
-"""Rows as tables for the terminal: of one run, and of what two have in common."""
+"""Rows as tables for the terminal."""
 
 from collections.abc import Sequence
 from statistics import geometric_mean
@@ -77,12 +77,10 @@ def _table(group: str, rows: Sequence[Row]) -> Table:
 
 
 def _time(row: Row) -> str:
-    return f"[red]{row.status}[/]" if row.us is None else number(row.us)
-
-
-def number(x: float) -> str:
     """Three digits that matter, or all before the point."""
-    return f"{x:,.0f}" if x >= 1000 else f"{x:.1f}" if x >= 100 else f"{x:.2f}"
+    if row.us is None:
+        return f"[red]{row.status}[/]"
+    return f"{row.us:,.0f}" if row.us >= 1000 else f"{row.us:.1f}" if row.us >= 100 else f"{row.us:.2f}"
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -107,24 +105,3 @@ def shares(rows: Sequence[Row]) -> list[str]:
             if form.startswith(words) and (alone := times.get((rule, where[0], where[1]))):
                 found.append(f"{' '.join((where[0], form, where[1]))}: {us / alone - 1:.0%} of the rule around it")
     return found
-
-
-def compared(before: Sequence[Row], after: Sequence[Row], threshold: float) -> Group:
-    """The times that changed by more than ``threshold`` (0.03 is 3 %), the most slowed down first, and what it all
-    comes to. Rows are matched by group, case, gates and contender.
-    """
-    old, new = ({row.key: row.us for row in rows if row.us} for rows in (before, after))
-    ratios = {key: new[key] / old[key] for key in old if key in new}
-    table = Table("group", "case", "gates", "contender", "before", "after", "", title="us a call", title_justify="left")
-    for key, ratio in sorted(ratios.items(), key=lambda pair: -pair[1]):
-        if abs(ratio - 1) > threshold:
-            change = f"[{'red' if ratio > 1 else 'green'}]{100 * (ratio - 1):+.1f} %[/]"
-            table.add_row(*key, number(old[key]), number(new[key]), change)
-    lines = [f"{len(old.keys() - new.keys())} times only before, {len(new.keys() - old.keys())} only after"]
-    if ours := [ratio for key, ratio in ratios.items() if key[-1] == OURS]:
-        slower, faster = (sum(sign * (ratio - 1) > threshold for ratio in ours) for sign in (1, -1))
-        lines.append(
-            f"{OURS}: {slower} of {len(ours)} cases slower by more than {threshold:.0%}, {faster} faster; "
-            f"geometric mean {100 * (geometric_mean(ours) - 1):+.1f} %"
-        )
-    return Group(*([table] if table.row_count else []), *lines)

@@ -152,7 +152,8 @@ def test_on_hopper(dtype: torch.dtype, make: bool, monkeypatch: pytest.MonkeyPat
     host = import_module("gated_delta.kernels.gluon.prefill")
     serve(monkeypatch, host)
     if DEVICE == "cpu":
-        monkeypatch.setattr(host, "launch", import_module("gluon_emulator").launch)
+        launch = import_module("gated_delta.kernels.triton.launch")
+        monkeypatch.setattr(launch, "bind", import_module("gluon_emulator").bind)
     monkeypatch.setattr(host, "plan", lambda *_: host.Plan(2, make=make))
     options: dict[str, Any] = {"hq": 1, "hk": 1, "hv": 2, "head_k": 128, "head_v": 128}
     inputs = with_state(prefill_inputs([230], dtype=dtype, gates="weak", **options))

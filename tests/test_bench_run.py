@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from gated_delta import cli
-from gated_delta.bench import cases, peers, plots, records, run
+from gated_delta.bench import cases, peers, records, run
 from gated_delta.bench import cli as bench_cli
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.peers.fla import TRANSFORMERS
@@ -219,7 +219,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
-def test_a_run_leaves_table_csv_and_pictures(command: Any, tmp_path: Path) -> None:
+def test_a_run_leaves_a_table_and_a_csv(command: Any, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     chosen = (
         "--heads",
@@ -244,13 +244,7 @@ def test_a_run_leaves_table_csv_and_pictures(command: Any, tmp_path: Path) -> No
     assert {row.gates for row in timed} == {"weak", "none"}
     assert all(row.us and row.error is not None and row.error < 1e-2 for row in timed)
     assert all(row.torch == str(torch.__version__) and row.date for row in rows)
-    pictures = {path.stem for path in out.glob("*.png")}
-    assert pictures == {
-        "decode-roofline", "scaling", "prefill-over-floor", "decode-over-floor", "prefill-speedup", "decode-speedup",
-    }  # fmt: skip
-    again = command("plot", str(out / "bench.csv"), "--out", str(tmp_path / "again"))
-    assert (again.status, again.err) == (0, "")
-    assert {path.stem for path in (tmp_path / "again").glob("*.png")} == pictures
+    assert [path.name for path in out.iterdir()] == ["bench.csv"]
     same = command("compare", str(out / "bench.csv"), str(out / "bench.csv"))
     assert "gated-delta: 0 of 12 cases slower by more than 3%, 0 faster; geometric mean +0.0 %" in same.words
 
@@ -276,20 +270,6 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(
     assert [row.us for row in records.read(tmp_path / "bench.csv") if row.contender == peers.OURS] == [2.0]
 
 
-def test_without_matplotlib_there_is_a_csv_and_a_sentence(
-    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    monkeypatch.setattr(Bench, "run", lambda self: iter([[Row("norm", "x", peers.OURS, us=2.0)]]))
-    result = command("norm", "--device", "cpu", "--out", str(tmp_path))
-    assert result.status == 0
-    missing = 'bench plot: matplotlib is not installed; it must be installed: pip install "gated-delta[bench]"'
-    assert f"no pictures: {missing}; gated-delta bench plot draws them later" in result.words
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.csv"]
-    refused = command("plot", str(tmp_path / "bench.csv"))
-    assert (refused.status, refused.err) == (2, f"gated-delta: {missing}\n")
-
-
 def test_options_reach_the_run(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Bench] = []
     monkeypatch.setattr(Bench, "run", lambda self: seen.append(self) or iter([]))
@@ -313,7 +293,7 @@ def test_compare_shows_what_got_slower(command: Any, tmp_path: Path) -> None:
     assert "100.0 110.0" not in quiet.words
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["plot", "--help"], ["compare", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["compare", "--help"]])
 def test_help(command: Any, argv: list[str]) -> None:
     result = command(*argv)
     assert (result.status, result.err) == (0, "")
@@ -343,8 +323,6 @@ BAD: list[tuple[list[str], str]] = [
     (["--bogus"], "No such option:"),
     (["--device", "tpu"], "command line: --device is 'tpu'; it must be \"auto\", \"cpu\" or \"cuda\""),
     (["--device", "cuda"], 'command line: --device is "cuda"; it must be "cpu": torch sees no GPU here'),
-    (["plot"], "Missing argument 'CSV...'."),
-    (["plot", "no-such.csv"], "Invalid value for 'CSV...':"),
     (["compare", __file__], "Missing argument 'B.csv'."),
     (["compare", "a.csv", "b.csv"], "Invalid value for 'A.csv':"),
     (["norm", "--out", __file__],
@@ -355,7 +333,7 @@ BAD: list[tuple[list[str], str]] = [
 @pytest.mark.parametrize(("argv", "message"), [pytest.param(*each, id=" ".join(each[0])[:40]) for each in BAD])
 def test_bad_arguments(command: Any, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    device = [] if argv[0] in ("plot", "compare") or "--device" in argv else ["--device", "cpu"]
+    device = [] if argv[0] == "compare" or "--device" in argv else ["--device", "cpu"]
     result = command(*argv, *device)
     assert (result.status, result.out) == (2, "")
     assert result.err.count("\n") == 1

@@ -1,8 +1,8 @@
-"""``gated-delta bench``: run, plot, compare."""
+"""``gated-delta bench``: run, compare."""
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from gated_delta.bench import cases, machine, peers, plots, records, report
+from gated_delta.bench import cases, machine, peers, records, report
 from gated_delta.bench.run import Bench
 from gated_delta.errors import OptionError
 
@@ -88,11 +88,11 @@ def run_command(
         str, typer.Option("--peers", help="auto, none, or of flashinfer, flashqla, fla, transformers.")
     ] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of each group.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for bench.csv and the pictures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.csv.")] = None,
     limit: Annotated[float, typer.Option(min=0.1, help="Seconds that a contender may take for one step.")] = 120.0,
     device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
 ) -> None:
-    """Measure, and show a table; with --out, leave a CSV and pictures."""
+    """Measure, and show a table; with --out, leave a CSV."""
     from gated_delta.cli import pick_device  # noqa: PLC0415 - it mounts this module
 
     place = pick_device(device)
@@ -122,10 +122,6 @@ def run_command(
     console.print(report.tables(rows))
     if out is not None:
         _say(f"written: {out / 'bench.csv'}")
-        try:
-            _draw(rows, out)
-        except OptionError as error:
-            _say(f"no pictures: {error}; gated-delta bench plot draws them later")
 
 
 def make_folder(out: Path) -> None:
@@ -144,22 +140,6 @@ def shown(steps: Iterable[T], words: str, total: int) -> Iterator[T]:
 
 def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False)
-
-
-def _draw(rows: Sequence[records.Row], out: Path) -> None:
-    for file in plots.draw(rows, out):
-        _say(f"written: {file}")
-
-
-@app.command("plot")
-def plot_command(
-    files: Annotated[list[Path], existing_file("CSV...", "What runs have left.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures, if not that of the first file.")] = None,
-) -> None:
-    """Draw the pictures of one or several CSV files again."""
-    rows, folder = [row for file in files for row in records.read(file)], out or files[0].parent
-    make_folder(folder)
-    _draw(rows, folder)
 
 
 @app.command("compare")

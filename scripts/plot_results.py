@@ -1,25 +1,33 @@
-"""Pictures of rows, with matplotlib: the roofline of decode, times over the floor, speed-ups, time against size."""
+"""Pictures of what ``gated-delta bench`` measured, with matplotlib: the roofline of decode, times over the floor,
+speed-ups, time against size (docs/bench.md).
+
+    python scripts/plot_results.py results/bench.csv other/bench.csv --out pictures
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
+import typer
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from gated_delta.bench import records
 from gated_delta.bench.cases import STEPS
+from gated_delta.bench.cli import existing_file, make_folder
 from gated_delta.bench.peers import OURS
 from gated_delta.bench.records import Row, cases_of, grouped, with_best_peer
-from gated_delta.errors import OptionError
+from gated_delta.errors import GatedDeltaError
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLOURS = {OURS: "#0072b2", "flashinfer": "#d55e00", "flashqla": "#009e73", "fla": "#cc79a7", "token loop": "#e69f00",
-           "separate": "#999999",
-           "transformers": "#56b4e9", "machine": "#000000"}  # fmt: skip
+COLOURS = {
+    OURS: "#0072b2", "flashinfer": "#d55e00", "flashqla": "#009e73", "fla": "#cc79a7", "separate": "#999999",
+    "transformers": "#56b4e9",
+}  # fmt: skip
 """Colour-blind people can tell them apart, too."""
 COLUMN = 42
 """Most cases below each other."""
@@ -30,12 +38,7 @@ LABELS = {"bytes": "bytes a call", "tb_s": "TB/s", "us": "us a call", "tokens": 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     """Draw what the rows have data for into the folder ``out``, and return the files. Of a contender that was timed
     twice in a case the last row counts; lines are drawn for the first set of gates.
-
-    Raises:
-        OptionError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise OptionError("bench plot", "matplotlib", "not installed", 'installed: pip install "gated-delta[bench]"')
     cases = cases_of(row for row in rows if row.us and row.over_floor)
     timed = [row for case in cases.values() for row in with_best_peer([*case.values()])]
     gates = next((row.gates for row in timed if row.gates), "")
@@ -57,8 +60,6 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
 
 def _panels(title: str, row: Row, inches: tuple[float, float], **grid: Any) -> tuple[Figure, list[Axes]]:
     """A figure named after the run that ``row`` is of; ``grid``: how matplotlib divides it."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     figure = Figure(figsize=inches, layout="constrained")
     figure.suptitle(f"{title}\n{row.device}  {row.date}".strip(), fontsize=11)
     return figure, figure.subplots(squeeze=False, **grid).flatten().tolist()
@@ -141,8 +142,6 @@ def over_floor(group: str, rows: Sequence[Row]) -> Figure:
 
 def speedups(group: str, ours: Sequence[Row]) -> Figure | None:
     """A cell a case: how many times faster than the best peer; blue is faster, red slower."""
-    from matplotlib.colors import LogNorm  # noqa: PLC0415
-
     if not ours:
         return None
     several = len({row.gates for row in ours}) > 1
@@ -163,3 +162,26 @@ def speedups(group: str, ours: Sequence[Row]) -> Figure | None:
     axes.set_xticks(range(len(sizes)), sizes, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(cells)), list(cells))
     return figure
+
+
+def plot_command(
+    files: Annotated[list[Path], existing_file("CSV...", "What runs have left.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures, if not that of the first file.")] = None,
+) -> None:
+    """Draw the pictures of one or several CSV files; where two have the same case, the last counts."""
+    rows, folder = [row for file in files for row in records.read(file)], out or files[0].parent
+    make_folder(folder)
+    for picture in draw(rows, folder):
+        print(f"written: {picture}")
+
+
+def main() -> None:
+    """Bad input is one sentence and exit status 1."""
+    try:
+        typer.run(plot_command)
+    except GatedDeltaError as error:
+        sys.exit(f"plot_results.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -131,7 +131,7 @@ def over_floor(group: str, rows: Sequence[Row]) -> Figure:
         for y, (_, found) in enumerate(column):
             for name, row in found.items():
                 style: dict[str, Any] = {"s": 34, "zorder": 3} if name == OURS else {"s": 20, "marker": "D"}
-                each.scatter(row.over_floor or 0.0, y, color=COLOURS[name], label=name, **style)
+                each.scatter(row.over_floor or 0.0, y, color=COLOURS.get(name), label=name, **style)
         each.axvline(1, color="#888888", ls="--")
         each.set(xscale="log", xlabel="times the floor", ylim=(length - 0.4, -0.6))
         each.set_yticks(range(len(column)), [case for (_, case, _), _ in column], fontsize=8)

@@ -1,5 +1,5 @@
-"""Our own operators, as ``backend="auto"`` serves them; FlashInfer's, whose names and layouts ours share (gates are
-linear, states ``[V, K]``); and the rule token by token in plain torch.
+"""Our own operators, as ``backend="auto"`` serves them, and FlashInfer's, whose names and layouts ours share (gates are
+linear, states ``[V, K]``).
 """
 
 from collections.abc import Callable
@@ -7,17 +7,12 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import gated_delta as gd
 from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
 from gated_delta.bench.peers import Bound, returning
-from gated_delta.testing import oracle
-
-MOST_LOOPED = 4096
-"""Tokens of a sequence: a loop over more takes minutes."""
 
 
 def bind(case: Case, x: Inputs) -> Bound:
@@ -117,21 +112,3 @@ def flashinfer(case: Case, x: Inputs) -> Bound | None:
     if case.operation == "verify" and bf16:
         return recurrent(operators.gated_delta_rule_decode_pretranspose, case, x, state=None)
     return recurrent(operator_of(operators, case), case, x)
-
-
-def token_loop(case: Case, x: Inputs) -> Bound | None:
-    """In fp32 on the CPU."""
-    if case.operation == "prefill" and max(case.lengths) <= MOST_LOOPED:
-        given = {name: x[name] for name in ("q", "k", "v", "beta", "initial_state", "cu_seqlens")}
-        loop = partial(oracle.prefill, g=x["alpha"], **given, dtype=torch.float32)
-        return returning(loop, lambda output, state, _: {"output": output, "state": state})
-    if case.form not in ("V-major", "pool", "final"):
-        return None
-
-    def step() -> oracle.Evaluation:
-        given = {name: x[name] for name in ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")}
-        found = oracle.recurrent(**given, dtype=torch.float32)
-        x["state"].copy_(found.state)
-        return found
-
-    return returning(step, lambda output, state, _: {"output": output, "state": state})

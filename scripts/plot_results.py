@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from gated_delta.bench import records
 from gated_delta.bench.cases import STEPS
 from gated_delta.bench.cli import existing_file, make_folder
 from gated_delta.bench.peers import OURS
-from gated_delta.bench.records import Row, cases_of, grouped, with_best_peer
+from gated_delta.bench.records import Row, cases_of, with_best_peer
 from gated_delta.errors import GatedDeltaError
 
 COLOURS = {
@@ -63,6 +64,14 @@ def _panels(title: str, row: Row, inches: tuple[float, float], **grid: Any) -> t
     figure = Figure(figsize=inches, layout="constrained")
     figure.suptitle(f"{title}\n{row.device}  {row.date}".strip(), fontsize=11)
     return figure, figure.subplots(squeeze=False, **grid).flatten().tolist()
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """Rows that have a key in common, in their order."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[key(row)].append(row)
+    return found
 
 
 def _panel_of(row: Row) -> str:

@@ -25,7 +25,16 @@ def bind(case: Case, x: Inputs) -> Bound:
     if case.form.endswith(" core"):
         call = partial(x["layer"]._plain_rows, x["projected"], x["batch"], x["layer_state"], x["output"])
         return Bound(call, lambda: {"output": x["output"]})
-    call, state = _around(case, x)
+    if case.operation == "norm":
+        call = partial(gd.rms_norm_gated, x["x"], x["z"], x["weight"], 1e-6)
+    elif case.operation == "layer":
+        call = partial(x["layer"], x["hidden"], x["batch"], x["layer_state"])
+    else:
+        given = {name: x[name] for name in ("x", "weight", "conv_states")} | {"state_indices": None}
+        packed = {"cu_seqlens": x["cu_seqlens"], "has_initial_state": None}
+        whole = case.form == "prefill"
+        call = partial(gd.causal_conv1d, **given, **packed) if whole else partial(gd.causal_conv1d_update, **given)
+    state = {"state": x["conv_states"]} if case.operation == "conv" else {}
     return returning(lambda: (call(),), lambda y: {"output": y, **state})
 
 
@@ -81,22 +90,6 @@ def _states(case: Case, x: Inputs) -> dict[str, Tensor]:
     if case.form == "slots":
         return {"kept": x["state"][x["token_slots"].flatten().long()].unflatten(0, x["token_slots"].shape)}
     return {"state": x["state"].transpose(-1, -2) if case.form == "K-major" else x["state"]}
-
-
-def _around(case: Case, x: Inputs) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
-    """A call around the rule, and the state that it leaves."""
-    if case.operation == "norm":
-        return partial(gd.rms_norm_gated, x["x"], x["z"], x["weight"], 1e-6), {}
-    if case.operation == "layer":
-        return partial(x["layer"], x["hidden"], x["batch"], x["layer_state"]), {}
-    state = {"state": x["conv_states"]}
-    if case.form != "prefill":
-        return partial(gd.causal_conv1d_update, x["x"], x["conv_states"], x["weight"], state_indices=None), state
-    call = partial(
-        gd.causal_conv1d, x["x"], x["weight"], conv_states=x["conv_states"], cu_seqlens=x["cu_seqlens"],
-        state_indices=None, has_initial_state=None,
-    )  # fmt: skip
-    return call, state
 
 
 def flashinfer(case: Case, x: Inputs) -> Bound | None:

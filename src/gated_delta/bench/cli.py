@@ -74,9 +74,7 @@ def existing_file(name: str, words: str = "") -> Any:
 def run_command(
     groups: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Of prefill, decode, verify, step, conv, norm, host, layer; all but layer if none is named."
-        ),
+        typer.Argument(help=f"Of {', '.join(cases.GROUPS)}; all but layer if none is named."),
     ] = None,
     heads: Annotated[str, typer.Option(help='Head layouts such as "16/32,2/8", or "all".')] = "",
     seqs: Annotated[str, typer.Option(help='Sequences such as "1x8192,2048x4", or "all".')] = "",
@@ -84,9 +82,7 @@ def run_command(
     tokens: Annotated[str, typer.Option(help='Tokens a row of a verification, such as "2,4".')] = "",
     state: Annotated[str, typer.Option(help="States of steps: of fp32, bf16, fp16.")] = "fp32,bf16",
     gates: Annotated[str, typer.Option(help="Decay: of none, weak, mix, model.")] = "model",
-    peers_: Annotated[
-        str, typer.Option("--peers", help="auto, none, or of flashinfer, flashqla, fla, transformers.")
-    ] = "auto",
+    peers_: Annotated[str, typer.Option("--peers", help=f"auto, none, or of {', '.join(peers.OTHERS)}.")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of each group.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.csv.")] = None,
     limit: Annotated[float, typer.Option(min=0.1, help="Seconds that a contender may take for one step.")] = 120.0,

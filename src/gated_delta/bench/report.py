@@ -14,7 +14,6 @@ from gated_delta.bench.records import ABSENT, CEILINGS, Row, cases_of
 
 COMPUTE_BOUND = 150
 """Operations a byte from which a rate of operations says more than a bandwidth."""
-
 NOISE_US = 20.0
 """Cases shorter than this vary too much to judge a few per cent."""
 

@@ -30,9 +30,8 @@ class RunByDefault(TyperGroup):
 
 
 app = typer.Typer(
-    cls=RunByDefault, help="Measure every operator against the hardware's floor and every installed peer.",
-    no_args_is_help=False,
-)  # fmt: skip
+    cls=RunByDefault, help="Measure every operator against the hardware's floor and every installed peer."
+)
 console = Console() if sys.stdout.isatty() else Console(width=150)
 
 

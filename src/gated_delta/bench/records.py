@@ -81,7 +81,7 @@ def row_of(case: Case, contender: str, **measured: Any) -> Row:
     )  # fmt: skip
 
 
-_CASTS = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(Row)}
+_CASTS: dict[str, Any] = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(Row)}
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
@@ -103,14 +103,9 @@ def read(path: Path) -> list[Row]:
             names = set(lines.fieldnames or ())
             if not {"group", "case", "contender"} <= names <= set(_CASTS):
                 raise ValueError("other columns")
-            return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in lines]
+            return [Row(**{name: _CASTS[name](text) for name, text in line.items() if text}) for line in lines]
     except (TypeError, ValueError) as error:
         raise OptionError("bench", "CSV", f"{path} ({error})", "a CSV that gated-delta bench wrote") from error
-
-
-def _value(name: str, text: str) -> Any:
-    kind: Any = _CASTS[name]
-    return kind(text) if text or kind is str else None
 
 
 def cases_of(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:

@@ -369,7 +369,7 @@ def serve_command(
     asked = random_trace(requests, rate, prompt, output, seed) if trace is None else read_trace(trace)
     settings = Settings(budget, batch, drafts, acceptance, state, seed)
     names, _ = peers.choose(parsed(peers_, "--peers", str), place)
-    names = [name for name in names if name not in (peers.TOKEN_LOOP, peers.SEPARATE)]
+    names = [name for name in names if name != peers.SEPARATE]
     rows, facts = list[dict[str, str]](), machine.facts(place)
     for name in shown(names, "serving", len(names)):
         found = serve(name, model, layers, asked, settings, place) | facts

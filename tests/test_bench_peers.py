@@ -166,7 +166,7 @@ def test_adapters_speak_their_peers_language(name: str, case: Case, monkeypatch:
 
 
 @pytest.mark.usefixtures("fakes")
-@pytest.mark.parametrize("name", ["fla", "transformers", peers.TOKEN_LOOP])
+@pytest.mark.parametrize("name", ["fla", "transformers"])
 def test_references_on_the_cpu(name: str) -> None:
     case = Case("x", "prefill", SMALL, sequences="33x3")
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
@@ -176,7 +176,7 @@ def test_references_on_the_cpu(name: str) -> None:
     bound.call()
     assert check.judge(truth, bound.results())[1] == ""
     ragged = replace(case, sequences="33+4")
-    assert name == peers.TOKEN_LOOP or peers.bind(name, ragged, make_sets(ragged, torch.device("cpu"), 0)[0]) is None
+    assert peers.bind(name, ragged, make_sets(ragged, torch.device("cpu"), 0)[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,9 @@ def test_adapters_pass_on_what_their_peer_cannot_do(name: str, case: Case, monke
 
 def test_which_peers_run() -> None:
     chosen, absent = peers.choose(["auto"], "cpu")
-    assert chosen[:2] == [peers.OURS, peers.TOKEN_LOOP]
+    assert chosen[0] == peers.OURS
     assert absent["flashinfer"] in ("it is not installed", "it does not run on cpu")
-    assert peers.choose(["none"], "cpu") == ([peers.OURS, peers.TOKEN_LOOP], {})
+    assert peers.choose(["none"], "cpu") == ([peers.OURS], {})
     assert peers.choose(["none"], "cuda") == ([peers.OURS, peers.SEPARATE], {})
 
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from gated_delta import cli
-from gated_delta.bench import cases, peers, plots, records, run
+from gated_delta.bench import cases, peers, records, run
 from gated_delta.bench import cli as bench_cli
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.peers.fla import TRANSFORMERS
@@ -86,17 +86,17 @@ def test_a_peer_costs_its_rows_and_no_others(pretend: Pretend) -> None:
     """All at once: an exception, wrong and infinite results, the end of the process, silence."""
     pretend(fla={1: "raises", 2: "lies", 3: "not finite", 4: "sleeps later"}, transformers={2: "exits"})
     told: list[str] = []
-    contenders = [peers.OURS, "fla", "transformers", peers.TOKEN_LOOP]
+    contenders = [peers.OURS, "fla", "transformers"]
     *all_but_last, rows = Bench("cpu", contenders, CASES, {"date": "today"}, limit=1.5, tell=told.append).run()
     found = records.cases_of(row for row in rows if row.group != records.CEILINGS)
     assert len(all_but_last) + 1 == len(found) == len(CASES)
     assert all(row.date == "today" for row in rows)
     *prefills, norm = found.values()
     for own in prefills:
-        right = [own[name] for name in (peers.OURS, peers.TOKEN_LOOP)]
-        assert all(row.status == "ok" and row.us and row.p10 and row.p90 and row.floor_us for row in right)
-        assert all(row.p10 <= row.us <= row.p90 for row in right if row.us and row.p10 and row.p90)
-        assert right[0].best_peer and right[0].speedup and right[0].bytes and right[0].rows == 1
+        right = own[peers.OURS]
+        assert right.status == "ok" and right.us and right.p10 and right.p90 and right.floor_us
+        assert right.p10 <= right.us <= right.p90
+        assert right.bytes and right.rows == 1
     bad = [own["fla"] for own in prefills[:4]]
     assert [row.status for row in bad] == ["failed", "wrong", "wrong", "hung"]
     assert all(row.us is None for row in bad)
@@ -108,6 +108,9 @@ def test_a_peer_costs_its_rows_and_no_others(pretend: Pretend) -> None:
     other = [own.get("transformers") for own in prefills]
     assert other[0] and other[1]
     assert (other[0].status, other[1].status) == ("ok", "crashed")
+    first = prefills[0][peers.OURS]
+    assert first.best_peer == "transformers" and first.us and other[0].us
+    assert first.speedup == pytest.approx(other[0].us / first.us)
     assert other[1].note == f"exit status 7 while: check; {left_out}"
     assert "fla" not in prefills[4] and other[2:] == [None] * 3
     assert list(norm) == [peers.OURS]
@@ -219,7 +222,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
-def test_a_run_leaves_a_table_and_a_csv_to_draw_pictures_of(command: Any, tmp_path: Path) -> None:
+def test_a_run_leaves_a_table_and_a_csv(command: Any, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     chosen = (
         "--heads",
@@ -244,11 +247,7 @@ def test_a_run_leaves_a_table_and_a_csv_to_draw_pictures_of(command: Any, tmp_pa
     assert {row.gates for row in timed} == {"weak", "none"}
     assert all(row.us and row.error is not None and row.error < 1e-2 for row in timed)
     assert all(row.torch == str(torch.__version__) and row.date for row in rows)
-    pictures = {"prefill-over-floor", "decode-over-floor", "prefill-speedup", "decode-speedup"}
-    for options, folder in (([], out), (["--out", str(tmp_path / "else" / "where")], tmp_path / "else" / "where")):
-        drawn = command("plot", str(out / "bench.csv"), *options)
-        assert (drawn.status, drawn.err) == (0, "")
-        assert {path.stem for path in folder.glob("*.png")} == pictures
+    assert [path.name for path in out.iterdir()] == ["bench.csv"]
     same = command("compare", str(out / "bench.csv"), str(out / "bench.csv"))
     assert "1.00 times as fast as the best peer (geometric mean of 4); worst 1.00" in same.words
 
@@ -274,19 +273,6 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(
     assert [row.us for row in records.read(tmp_path / "bench.csv") if row.contender == peers.OURS] == [2.0]
 
 
-def test_without_matplotlib_there_is_a_csv_and_a_sentence(
-    command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    monkeypatch.setattr(Bench, "run", lambda self: iter([[Row("norm", "x", peers.OURS, us=2.0)]]))
-    result = command("norm", "--device", "cpu", "--out", str(tmp_path))
-    assert result.status == 0
-    missing = 'bench plot: matplotlib is not installed; it must be installed: pip install "gated-delta[bench]"'
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.csv"]
-    refused = command("plot", str(tmp_path / "bench.csv"))
-    assert (refused.status, refused.err) == (2, f"gated-delta: {missing}\n")
-
-
 def test_options_reach_the_run(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Bench] = []
     monkeypatch.setattr(Bench, "run", lambda self: seen.append(self) or iter([]))
@@ -308,7 +294,7 @@ def test_compare_shows_what_got_slower(command: Any, tmp_path: Path) -> None:
     assert "slower than a peer in 1 of 1 cases" in result.words
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["plot", "--help"], ["compare", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["compare", "--help"]])
 def test_help(command: Any, argv: list[str]) -> None:
     result = command(*argv)
     assert (result.status, result.err) == (0, "")
@@ -338,8 +324,6 @@ BAD: list[tuple[list[str], str]] = [
     (["--bogus"], "No such option:"),
     (["--device", "tpu"], "command line: --device is 'tpu'; it must be \"auto\", \"cpu\" or \"cuda\""),
     (["--device", "cuda"], 'command line: --device is "cuda"; it must be "cpu": torch sees no GPU here'),
-    (["plot"], "Missing argument 'CSV...'."),
-    (["plot", "no-such.csv"], "Invalid value for 'CSV...':"),
     (["compare", __file__], "Missing argument 'B.csv'."),
     (["compare", "a.csv", "b.csv"], "Invalid value for 'A.csv':"),
     (["norm", "--out", __file__],
@@ -350,7 +334,7 @@ BAD: list[tuple[list[str], str]] = [
 @pytest.mark.parametrize(("argv", "message"), [pytest.param(*each, id=" ".join(each[0])[:40]) for each in BAD])
 def test_bad_arguments(command: Any, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    device = [] if argv[0] in ("plot", "compare") or "--device" in argv else ["--device", "cpu"]
+    device = [] if argv[0] == "compare" or "--device" in argv else ["--device", "cpu"]
     result = command(*argv, *device)
     assert (result.status, result.out) == (2, "")
     assert result.err.count("\n") == 1

@@ -7,6 +7,7 @@ import csv
 import sys
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,36 @@ from torch import Tensor
 
 import serve_sim
 from gated_delta.bench import peers
+from gated_delta.bench.cases import Case
 from gated_delta.errors import OptionError
 from gated_delta.layer import GatedDeltaNetAttention
+from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from serve_sim import Move, Request, Settings, Simulation, Swap
 
 TRACE = serve_sim.random_trace(9, 0.4, 30, 8, seed=3)
 SMALL: dict[str, Any] = {"budget": 40, "batch": 5}
+
+
+def peer(case: Case, x: dict[str, Any]) -> peers.Bound:
+    """An adapter of an implementation that is not ours: the rule token by token in fp32."""
+    names = ("q", "k", "v", *(("beta", "initial_state", "cu_seqlens") if case.operation == "prefill" else "ab"))
+    given = {name: x[name] for name in names}
+
+    def step() -> oracle.Evaluation:
+        found = oracle.recurrent(**given, state=x["state"], A_log=x["A_log"], dt_bias=x["dt_bias"], dtype=torch.float32)
+        x["state"].copy_(found.state)
+        return found
+
+    call = partial(oracle.prefill, **given, g=x["alpha"], dtype=torch.float32) if case.operation == "prefill" else step
+    return peers.returning(call, lambda output, state, _: {"output": output, "state": state})
+
+
+@pytest.fixture(autouse=True)
+def a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside those that the package knows, ``a peer``."""
+    real = peers.bind
+    monkeypatch.setattr(peers, "bind", lambda name, case, x: peer(case, x) if name == "a peer" else real(name, case, x))
 
 
 class Watched(Simulation):
@@ -65,7 +89,7 @@ def test_a_seed_is_a_trace() -> None:
         assert lengths[0] >= 1 and lengths[-1] > 4 * median
 
 
-@pytest.mark.parametrize("swap", [None, "token loop"])
+@pytest.mark.parametrize("swap", [None, "a peer"])
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_every_request_is_served_as_if_alone(drafts: int, swap: str | None) -> None:
     """All of its tokens come out, once each and right, whatever else is in the batch and whoever serves the rule."""
@@ -95,8 +119,8 @@ def test_every_request_is_served_as_if_alone(drafts: int, swap: str | None) -> N
         torch.cat(alone.outputs[number]), torch.cat(served.outputs[number]), rtol=1e-4, atol=1e-4
     )
     if swapped is not None:
-        assert swapped.served["prefill by token loop"] > 0
-        assert (swapped.served["decode by token loop"] > 0) == (drafts == 0)
+        assert swapped.served["prefill by a peer"] > 0
+        assert (swapped.served["decode by a peer"] > 0) == (drafts == 0)
         assert not any(peers.OURS in who for who in swapped.served)
 
 
@@ -105,14 +129,14 @@ def test_steps_are_the_same_with_anybodys_kernels(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(peers, "bind", lambda name, case, x, bind=peers.bind: (
         None if name != peers.OURS and case.operation == "decode" else bind(name, case, x)
     ))  # fmt: skip
-    swap = Swap("token loop")
+    swap = Swap("a peer")
     ours, swapped = Watched(TRACE), Watched(TRACE, swap)
     ours.run()
     swapped.run()
     assert ours.steps == swapped.steps
     steps = sum(any(tokens == 1 for _, tokens, _ in step) for step in ours.steps)
     assert swap.served["decode by gated-delta"] == 2 * steps
-    assert "decode by token loop" not in swap.served
+    assert "decode by a peer" not in swap.served
     again = Watched(TRACE, seed=1, drafts=2, acceptance=0.0)
     again.run()
     assert all(kept in (1, tokens) for step in again.steps for _, tokens, kept in step)
@@ -122,7 +146,7 @@ def test_steps_are_the_same_with_anybodys_kernels(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_parts_of_a_step(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_sim, "PROFILED", 2)
-    served = Watched(TRACE[:4], Swap("token loop"), drafts=drafts)
+    served = Watched(TRACE[:4], Swap("a peer"), drafts=drafts)
     found = served.run()
     assert served.profiled == len(served.steps) // 2
     timed = served.steps[::2]
@@ -188,7 +212,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     def bind(name: str, case: Any, x: Any, real: Any = peers.bind) -> Any:
         if name == "fla":
             raise RuntimeError("on purpose")
-        return real(peers.TOKEN_LOOP if name == "transformers" else name, case, x)
+        return real("a peer" if name == "transformers" else name, case, x)
 
     monkeypatch.setattr(peers, "bind", bind)
     (tmp_path / "trace.csv").write_text("arrival,prompt,output\n0,20,20\n1.5,5,4\n")

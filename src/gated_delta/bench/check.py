@@ -22,12 +22,9 @@ Results = dict[str, Tensor]
 
 def exact(case: Case, x: Inputs) -> Results:
     """A case in float64, before anything writes to its inputs; not a layer, which ``gated-delta check`` judges."""
-    if case.operation == "prefill":
-        return _prefill(case, x)
-    if case.operation in ("decode", "verify"):
-        return _recurrent(case, x)
-    if case.operation == "step":
-        return _step(case, x)
+    rules = {"prefill": _prefill, "decode": _recurrent, "verify": _recurrent, "step": _step}
+    if case.operation in rules:
+        return rules[case.operation](case, x)
     if case.operation == "conv":
         return _convolved(x["x"], x["conv_states"], x["weight"], x["cu_seqlens"])
     if case.operation == "norm":

@@ -1,4 +1,4 @@
-"""``gated-delta bench``: run, plot, compare."""
+"""``gated-delta bench``: run, compare."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from gated_delta.bench import cases, machine, peers, plots, records, report
+from gated_delta.bench import cases, machine, peers, records, report
 from gated_delta.bench.run import Bench
 from gated_delta.errors import OptionError
 
@@ -30,9 +30,8 @@ class RunByDefault(TyperGroup):
 
 
 app = typer.Typer(
-    cls=RunByDefault, help="Measure every operator against the hardware's floor and every installed peer.",
-    no_args_is_help=False,
-)  # fmt: skip
+    cls=RunByDefault, help="Measure every operator against the hardware's floor and every installed peer."
+)
 console = Console() if sys.stdout.isatty() else Console(width=150)
 
 
@@ -128,18 +127,6 @@ def shown(steps: Iterable[T], words: str, total: int) -> Iterator[T]:
 
 def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False)
-
-
-@app.command("plot")
-def plot_command(
-    files: Annotated[list[Path], existing_file("CSV...", "What runs have left.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures, if not that of the first file.")] = None,
-) -> None:
-    """Draw pictures of one or several CSV files."""
-    folder = out or files[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture in plots.draw([row for file in files for row in records.read(file)], folder):
-        _say(f"written: {picture}")
 
 
 @app.command("compare")

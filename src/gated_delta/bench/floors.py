@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from gated_delta.bench.cases import MODELS, NO_MODEL, STATES, STEPS, Case
+from gated_delta.bench.cases import MODELS, NO_MODEL, STATES, Case
 from gated_delta.bench.records import CEILINGS, Row
 from gated_delta.bench.timing import Call, in_turns, timer
 
@@ -72,27 +72,24 @@ def work(case: Case) -> Work:
     Inputs and states are read once, results written once; a chunk of a prefill needs the products of the dense
     algorithm for 64 tokens (docs/bench.md has the count).
     """
-    (h, hv, k, v), tokens, rows = case.heads, sum(case.lengths), len(case.lengths)
-    activations, output = tokens * (2 * h * k + hv * v) * 2, tokens * hv * v * 2
-    states, windows = rows * hv * k * v * 4, rows * case.heads.conv_dim * 3 * 2
-    operations = _prefill_operations(case) if case.operation == "prefill" or "prefill" in case.form else 0
-    if case.operation == "step" or case.form.endswith(" core"):
-        kept = states // 4 * STATES.get(case.state, STATES["fp32"]).itemsize + windows
-        projected = tokens * (case.heads.conv_dim + hv * v + 2 * hv) * 2
-        return Work(projected + kept, output + kept, operations)
-    if case.operation == "prefill":
-        return Work(activations + 2 * tokens * hv * 4 + states, output + states, operations)
-    if case.operation in STEPS:
-        states = states // 4 * STATES[case.state].itemsize
-        copies = {"outputs": 0, "snapshots": case.tokens, "slots": case.tokens}.get(case.form, 1)
-        return Work(activations + tokens * 2 * hv * 2 + states, output + copies * states, 0)
-    if case.operation == "conv":
-        return Work(activations + windows, activations + windows, 0)
-    if case.operation == "norm":
-        return Work(2 * output, output, 0)
+    (_, hv, k, v), tokens, rows, channels = case.heads, sum(case.lengths), len(case.lengths), case.heads.conv_dim
+    qkv, values, gates = tokens * channels * 2, tokens * hv * v * 2, tokens * hv * 2 * 2
+    states = rows * hv * k * v * STATES.get(case.state, torch.float32).itemsize
+    windows, copies = rows * channels * 3 * 2, {"outputs": 0, "snapshots": case.tokens, "slots": case.tokens}
+    kept = states + windows
     _, hidden = MODELS.get(case.heads, NO_MODEL)
-    weights, both = hidden * (case.heads.conv_dim + 2 * hv * v + 2 * hv), tokens * hidden * 2 + states + windows
-    return Work(weights * 2 + both, both, 2 * tokens * weights + operations)
+    weights, both = hidden * (channels + 2 * hv * v + 2 * hv), tokens * hidden * 2 + kept
+    read, written, products = {
+        "prefill": (qkv + 2 * gates + states, values + states, 0),  # whose gates are fp32
+        "decode": (qkv + gates + states, values + states, 0),
+        "verify": (qkv + gates + states, values + copies.get(case.form, 1) * states, 0),
+        "step": (qkv + values + gates + kept, values + kept, 0),
+        "conv": (qkv + windows, qkv + windows, 0),
+        "norm": (2 * values, values, 0),
+        "layer": (weights * 2 + both, both, 2 * tokens * weights),
+    }["step" if case.form.endswith(" core") else case.operation]
+    prefills = case.operation == "prefill" or (case.operation == "layer" and case.form.startswith("prefill"))
+    return Work(read, written, products + (_prefill_operations(case) if prefills else 0))
 
 
 def _prefill_operations(case: Case) -> int:

@@ -36,9 +36,8 @@ def make_sets(case: Case, device: torch.device, cache_bytes: int) -> list[Inputs
 
 def nbytes(inputs: Inputs) -> int:
     """Of all tensors and of a layer's weights."""
-    layer = inputs.get("layer")
-    weights = sum(p.nbytes for p in layer.parameters()) if layer is not None else 0
-    return weights + sum(x.nbytes for x in inputs.values() if isinstance(x, Tensor))
+    weights = inputs["layer"].parameters() if "layer" in inputs else ()
+    return sum(x.nbytes for x in (*inputs.values(), *weights) if isinstance(x, Tensor))
 
 
 def _prefill(case: Case) -> Inputs:
@@ -85,10 +84,8 @@ def _in_pool(case: Case) -> tuple[GatedDeltaNetConfig, LayerState]:
     h, hv, k, v = case.heads
     _, hidden = MODELS.get(case.heads, NO_MODEL)
     config = GatedDeltaNetConfig(hidden_size=hidden, num_k_heads=h, num_v_heads=hv, head_k_dim=k, head_v_dim=v)
-    device, dtype = torch.get_default_device(), STATES.get(case.state, torch.float32)
-    pool = StatePool(
-        config, layers=1, slots=len(case.lengths), conv_dtype=torch.bfloat16, state_dtype=dtype, device=device
-    )
+    device, bf16, dtype = torch.get_default_device(), torch.bfloat16, STATES.get(case.state, torch.float32)
+    pool = StatePool(config, layers=1, slots=len(case.lengths), conv_dtype=bf16, state_dtype=dtype, device=device)
     state = pool.layer(0)
     state.conv.normal_()
     state.recurrent.normal_().mul_(k**-0.5)

@@ -2,16 +2,15 @@
 
 import csv
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from gated_delta.bench.cases import MODELS, NO_MODEL, Case
 from gated_delta.bench.peers import OURS, version_of
 from gated_delta.errors import OptionError
 
-T = TypeVar("T")
 CEILINGS, ABSENT = "ceilings", "absent"
 """Groups of the rows that describe the machine, and that name the peers which were not there."""
 
@@ -82,7 +81,7 @@ def row_of(case: Case, contender: str, **measured: Any) -> Row:
     )  # fmt: skip
 
 
-_CASTS = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(Row)}
+_CASTS: dict[str, Any] = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(Row)}
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
@@ -104,27 +103,17 @@ def read(path: Path) -> list[Row]:
             names = set(lines.fieldnames or ())
             if not {"group", "case", "contender"} <= names <= set(_CASTS):
                 raise ValueError("other columns")
-            return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in lines]
+            return [Row(**{name: _CASTS[name](text) for name, text in line.items() if text}) for line in lines]
     except (TypeError, ValueError) as error:
         raise OptionError("bench", "CSV", f"{path} ({error})", "a CSV that gated-delta bench wrote") from error
 
 
-def _value(name: str, text: str) -> Any:
-    kind: Any = _CASTS[name]
-    return kind(text) if text or kind is str else None
-
-
-def grouped(rows: Iterable[Row], key: Callable[[Row], T]) -> dict[T, list[Row]]:
-    """Rows that have a key in common, in their order."""
-    found: dict[T, list[Row]] = defaultdict(list)
-    for row in rows:
-        found[key(row)].append(row)
-    return found
-
-
 def cases_of(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
     """Rows by (group, case, gates) and contender; of several the last."""
-    return {key: {row.contender: row for row in own} for key, own in grouped(rows, lambda row: row.key[:3]).items()}
+    found: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        found[row.key[:3]][row.contender] = row
+    return found
 
 
 def with_best_peer(rows: Sequence[Row]) -> list[Row]:

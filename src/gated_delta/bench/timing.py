@@ -1,5 +1,6 @@
 """Time per call: on a GPU CUDA graphs over rotating sets of inputs, on a CPU plain calls; contenders in turns."""
 
+import time
 import timeit
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,6 +9,8 @@ import torch
 from torch.utils import benchmark
 
 Call = Callable[[], object]
+Timer = Callable[[], float]
+"""Runs the calls of one contender; gives the microseconds that one took."""
 
 GRAPH_US = 1000.0
 """A graph lasts this long at least, or has :data:`MOST_CALLS`."""
@@ -43,19 +46,10 @@ def cache_bytes(device: torch.device) -> int:
     return CACHES * torch.cuda.get_device_properties(device).L2_cache_size
 
 
-class Timer(NamedTuple):
-    """One contender, ready to be timed."""
-
-    calls: int
-    """in a replay"""
-    replay: Callable[[], float]
-    """Runs all calls; gives the microseconds that they took."""
-
-
 def timer(sets: Sequence[Call], device: torch.device) -> Timer:
     """A timer of calls that go round the sets of inputs; each has run before, so nothing compiles any more."""
     if device.type == "cpu":
-        return Timer(1, lambda: timeit.timeit(sets[0], number=1) * 1e6)
+        return lambda: timeit.timeit(sets[0], number=1) * 1e6
     few = sets[:3]
     one = _between_events(lambda: [call() for call in few]) / len(few)
     calls = max(len(sets), min(MOST_CALLS, int(GRAPH_US / one) + 1), LEAST_CALLS if one <= GRAPH_US else 1)
@@ -69,9 +63,9 @@ def timer(sets: Sequence[Call], device: torch.device) -> Timer:
     def replay() -> float:
         if us < LAUNCH_SHOWS_US:
             graph.replay()
-        return _between_events(graph.replay)
+        return _between_events(graph.replay) / calls
 
-    return Timer(calls, replay)
+    return replay
 
 
 def _between_events(work: Call) -> float:
@@ -89,17 +83,16 @@ def in_turns(
 ) -> dict[str, Spread]:
     """Replay A, B, A, B: what changes in the machine changes all alike. ``announce`` is told whose turn it is."""
 
-    def round_of_all() -> dict[str, float]:
-        times = {}
-        for name, timer in timers.items():
-            announce(name)
-            times[name] = timer.replay()
-        return times
+    def turn(name: str) -> float:
+        announce(name)
+        return timers[name]()
 
-    seconds = sum(round_of_all().values()) / 1e6
-    count = max(LEAST_REPLAYS, min(REPLAYS, int(BUDGET_S[device.type] / max(seconds, 1e-9))))
-    rounds = [round_of_all() for _ in range(count)]
-    return {name: spread([times[name] / timer.calls for times in rounds]) for name, timer in timers.items()}
+    started = time.monotonic()
+    for name in timers:
+        turn(name)
+    rounds = int(BUDGET_S[device.type] / max(time.monotonic() - started, 1e-9))
+    times = [[turn(name) for name in timers] for _ in range(max(LEAST_REPLAYS, min(REPLAYS, rounds)))]
+    return {name: spread(own) for name, own in zip(timers, zip(*times, strict=True), strict=True)}
 
 
 def host(call: Call) -> Spread:

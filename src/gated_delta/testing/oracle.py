@@ -72,14 +72,13 @@ def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor, cu_seqlens: Tensor, activation: str | None, *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:  # fmt: skip
-    """Causal convolution by its definition, one token and tap at a time; history ``[N, W-1, D]`` -> ``[L, D]``."""
+    """Causal convolution by its definition, one tap at a time; history ``[N, W-1, D]`` -> ``[L, D]``."""
     width = weight.shape[1]
     y = torch.zeros(x.shape, dtype=dtype)
     for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         inputs = torch.cat((history[i].to(dtype), x[start:end].to(dtype)))
-        for t in range(end - start):
-            for tap in range(width):
-                y[start + t] += inputs[t + tap] * weight[:, tap].to(dtype)
+        for tap in range(width):
+            y[start:end] += inputs[tap : tap + end - start] * weight[:, tap].to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)
     return y * torch.sigmoid(y) if activation else y

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import gated_delta as gd
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
@@ -123,10 +124,8 @@ def _conv_update(dtype: torch.dtype, device: str) -> list[Verdict]:
 
 def _norm(dtype: torch.dtype, activation: str, device: str) -> list[Verdict]:
     x, z, weight = _normal(50, 4, 64, seed=0, dtype=dtype), _normal(50, 4, 64, seed=1, dtype=dtype), _normal(64, seed=2)
-    gated = []
-    for t in (torch.float32, torch.float64):
-        act = torch.sigmoid(z.to(t)) * (1 if activation == "sigmoid" else z.to(t))
-        gated.append(x.to(t) / (x.to(t).square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.to(t) * act)
+    gate, dtypes = getattr(functional, activation), (torch.float32, torch.float64)
+    gated = [functional.rms_norm(x.to(t), (64,), weight.to(t), 1e-6) * gate(z.to(t)) for t in dtypes]
     y = gd.rms_norm_gated(x.to(device), z.to(device), weight.to(device), 1e-6, activation)
     return [judge("output", y, *gated)]
 

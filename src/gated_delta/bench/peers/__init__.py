@@ -17,7 +17,7 @@ from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
 from gated_delta.errors import OptionError
 
-OURS, TOKEN_LOOP, SEPARATE = "gated-delta", "token loop", "separate"
+OURS, SEPARATE = "gated-delta", "separate"
 
 
 class Peer(NamedTuple):
@@ -34,14 +34,13 @@ class Peer(NamedTuple):
 
 PEERS = {
     OURS: Peer("ours.bind", "gated_delta", "gated-delta", ("cpu", "cuda")),
-    TOKEN_LOOP: Peer("ours.token_loop", "gated_delta", "gated-delta", ("cpu",)),
     SEPARATE: Peer("ours.separate", "gated_delta", "gated-delta", ("cuda",)),
     "flashinfer": Peer("ours.flashinfer", "flashinfer", "flashinfer-python", ("cuda",)),
     "flashqla": Peer("fla.flashqla", "flash_qla", "flash-qla", ("cuda",)),
     "fla": Peer("fla.bind", "fla", "fla-core", ("cpu", "cuda")),
     "transformers": Peer("fla.transformers", "transformers", "transformers", ("cpu",)),
 }
-OTHERS = tuple(PEERS)[3:]
+OTHERS = tuple(PEERS)[2:]
 
 
 class Bound(NamedTuple):
@@ -76,7 +75,7 @@ def choose(words: Sequence[str], device: str) -> tuple[list[str], dict[str, str]
         OptionError: an unknown name, or a peer asked for by name that can't run here.
     """
     named = [word for word in words if word not in ("auto", "none")]
-    chosen, absent = [name for name in (OURS, TOKEN_LOOP, SEPARATE) if device in PEERS[name].devices], {}
+    chosen, absent = [name for name in (OURS, SEPARATE) if device in PEERS[name].devices], {}
     for name in dict.fromkeys((*named, *(OTHERS if "auto" in words else ()))):
         if name not in OTHERS:
             absent[name] = "there is no such adapter"

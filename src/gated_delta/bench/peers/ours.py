@@ -1,5 +1,5 @@
-"""Our own operators, as ``backend="auto"`` serves them; FlashInfer's, whose names and layouts ours share (gates are
-linear, states ``[V, K]``); and the rule token by token in plain torch.
+"""Our own operators, as ``backend="auto"`` serves them, and FlashInfer's, whose names and layouts ours share (gates are
+linear, states ``[V, K]``).
 """
 
 from collections.abc import Callable
@@ -7,17 +7,12 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import gated_delta as gd
 from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
 from gated_delta.bench.peers import Bound, returning
-from gated_delta.testing import oracle
-
-MOST_LOOPED = 4096
-"""Tokens of a sequence: a loop over more takes minutes."""
 
 
 def bind(case: Case, x: Inputs) -> Bound:
@@ -30,7 +25,16 @@ def bind(case: Case, x: Inputs) -> Bound:
     if case.form.endswith(" core"):
         call = partial(x["layer"]._plain_rows, x["projected"], x["batch"], x["layer_state"], x["output"])
         return Bound(call, lambda: {"output": x["output"]})
-    call, state = _around(case, x)
+    if case.operation == "norm":
+        call = partial(gd.rms_norm_gated, x["x"], x["z"], x["weight"], 1e-6)
+    elif case.operation == "layer":
+        call = partial(x["layer"], x["hidden"], x["batch"], x["layer_state"])
+    else:
+        given = {name: x[name] for name in ("x", "weight", "conv_states")} | {"state_indices": None}
+        packed = {"cu_seqlens": x["cu_seqlens"], "has_initial_state": None}
+        whole = case.form == "prefill"
+        call = partial(gd.causal_conv1d, **given, **packed) if whole else partial(gd.causal_conv1d_update, **given)
+    state = {"state": x["conv_states"]} if case.operation == "conv" else {}
     return returning(lambda: (call(),), lambda y: {"output": y, **state})
 
 
@@ -88,22 +92,6 @@ def _states(case: Case, x: Inputs) -> dict[str, Tensor]:
     return {"state": x["state"].transpose(-1, -2) if case.form == "K-major" else x["state"]}
 
 
-def _around(case: Case, x: Inputs) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
-    """A call around the rule, and the state that it leaves."""
-    if case.operation == "norm":
-        return partial(gd.rms_norm_gated, x["x"], x["z"], x["weight"], 1e-6), {}
-    if case.operation == "layer":
-        return partial(x["layer"], x["hidden"], x["batch"], x["layer_state"]), {}
-    state = {"state": x["conv_states"]}
-    if case.form != "prefill":
-        return partial(gd.causal_conv1d_update, x["x"], x["conv_states"], x["weight"], state_indices=None), state
-    call = partial(
-        gd.causal_conv1d, x["x"], x["weight"], conv_states=x["conv_states"], cu_seqlens=x["cu_seqlens"],
-        state_indices=None, has_initial_state=None,
-    )  # fmt: skip
-    return call, state
-
-
 def flashinfer(case: Case, x: Inputs) -> Bound | None:
     """Its operator for several tokens takes fp32 states; bf16 ones go through the decode operator."""
     if case.heads[2:] != (128, 128):
@@ -117,21 +105,3 @@ def flashinfer(case: Case, x: Inputs) -> Bound | None:
     if case.operation == "verify" and bf16:
         return recurrent(operators.gated_delta_rule_decode_pretranspose, case, x, state=None)
     return recurrent(operator_of(operators, case), case, x)
-
-
-def token_loop(case: Case, x: Inputs) -> Bound | None:
-    """In fp32 on the CPU."""
-    if case.operation == "prefill" and max(case.lengths) <= MOST_LOOPED:
-        given = {name: x[name] for name in ("q", "k", "v", "beta", "initial_state", "cu_seqlens")}
-        loop = partial(oracle.prefill, g=x["alpha"], **given, dtype=torch.float32)
-        return returning(loop, lambda output, state, _: {"output": output, "state": state})
-    if case.form not in ("V-major", "pool", "final"):
-        return None
-
-    def step() -> oracle.Evaluation:
-        given = {name: x[name] for name in ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")}
-        found = oracle.recurrent(**given, dtype=torch.float32)
-        x["state"].copy_(found.state)
-        return found
-
-    return returning(step, lambda output, state, _: {"output": output, "state": state})

@@ -1,25 +1,33 @@
-"""Pictures of rows, with matplotlib: for each group times over the floor, and speed-ups."""
+"""Pictures of what ``gated-delta bench`` measured, with matplotlib: for each group times over the floor, and speed-ups
+(docs/bench.md).
+
+    python scripts/plot_results.py results/bench.csv other/bench.csv --out pictures
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
+import typer
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from gated_delta.bench import records
 from gated_delta.bench.cases import STEPS
+from gated_delta.bench.cli import existing_file
 from gated_delta.bench.peers import OURS
-from gated_delta.bench.records import Row, cases_of, grouped, with_best_peer
-from gated_delta.errors import OptionError
+from gated_delta.bench.records import Row, cases_of, with_best_peer
+from gated_delta.errors import GatedDeltaError
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLOURS = {OURS: "#0072b2", "flashinfer": "#d55e00", "flashqla": "#009e73", "fla": "#cc79a7", "token loop": "#e69f00",
-           "separate": "#999999",
-           "transformers": "#56b4e9", "machine": "#000000"}  # fmt: skip
+COLOURS = {
+    OURS: "#0072b2", "flashinfer": "#d55e00", "flashqla": "#009e73", "fla": "#cc79a7", "separate": "#999999",
+    "transformers": "#56b4e9",
+}  # fmt: skip
 """Colour-blind people can tell them apart, too."""
 DPI = 130
 
@@ -27,15 +35,12 @@ DPI = 130
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     """Draw what the rows have data for into the folder ``out``, and return the files. Of a contender that was timed
     twice in a case the last row counts.
-
-    Raises:
-        OptionError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise OptionError("bench plot", "matplotlib", "not installed", 'installed: pip install "gated-delta[bench]"')
-    cases = cases_of(row for row in rows if row.us and row.over_floor)
-    timed, written = [row for case in cases.values() for row in with_best_peer([*case.values()])], []
-    for group, own in grouped(timed, lambda row: row.group).items():
+    groups, written = dict[str, list[Row]](), []
+    for case in cases_of(row for row in rows if row.us and row.over_floor).values():
+        for row in with_best_peer([*case.values()]):
+            groups.setdefault(row.group, []).append(row)
+    for group, own in groups.items():
         figures = {"over-floor": over_floor(group, own)}
         if ours := [row for row in own if row.speedup]:
             figures["speedup"] = speedups(group, ours)
@@ -47,8 +52,6 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
 
 def _empty(title: str, row: Row, inches: tuple[float, float]) -> tuple[Figure, Axes]:
     """A figure named after the run that ``row`` is of."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     figure = Figure(figsize=inches, layout="constrained")
     figure.suptitle(f"{title}\n{row.device}  {row.date}".strip(), fontsize=11)
     return figure, figure.subplots()
@@ -62,7 +65,7 @@ def over_floor(group: str, rows: Sequence[Row]) -> Figure:
     for y, found in enumerate(cases.values()):
         for name, row in found.items():
             style: dict[str, Any] = {"s": 34, "zorder": 3} if name == OURS else {"s": 20, "marker": "D"}
-            entries[name] = axes.scatter(row.over_floor or 0.0, y, color=COLOURS[name], **style)
+            entries[name] = axes.scatter(row.over_floor or 0.0, y, color=COLOURS.get(name, "#e69f00"), **style)
     axes.axvline(1, color="#888888", ls="--")
     axes.grid(True, which="major", color="#dddddd", lw=0.6)
     axes.set(xscale="log", xlabel="times the floor", ylim=(len(cases) - 0.4, -0.6), axisbelow=True)
@@ -77,8 +80,6 @@ def over_floor(group: str, rows: Sequence[Row]) -> Figure:
 
 def speedups(group: str, ours: Sequence[Row]) -> Figure:
     """A cell a case: how many times faster than the best peer; blue is faster, red slower."""
-    from matplotlib.colors import LogNorm  # noqa: PLC0415
-
     several = len({row.gates for row in ours}) > 1
     cells: dict[str, dict[str, float]] = {}
     for row in ours:
@@ -99,3 +100,26 @@ def speedups(group: str, ours: Sequence[Row]) -> Figure:
     axes.set_xticks(range(len(sizes)), sizes, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(cells)), list(cells))
     return figure
+
+
+def plot(
+    files: Annotated[list[Path], existing_file("CSV...", "What runs have left.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures, if not that of the first file.")] = None,
+) -> None:
+    """Draw the pictures of one or several CSV files; where two have the same case, the last counts."""
+    folder = out or files[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in draw([row for file in files for row in records.read(file)], folder):
+        print(f"written: {picture}")
+
+
+def main() -> None:
+    """Bad input is one sentence and exit status 1."""
+    try:
+        typer.run(plot)
+    except (GatedDeltaError, OSError) as error:
+        sys.exit(f"plot_results.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

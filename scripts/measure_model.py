@@ -160,6 +160,14 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     return shown
 
 
+def write(out: Path, rows: list[dict[str, Any]], shared: dict[str, Any]) -> None:
+    """All rows so far: a run that is cut off leaves what it has."""
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *shared])
+        writer.writeheader()
+        writer.writerows(row | shared for row in rows)
+
+
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="A few thousand parameters instead of 4.2 billion.")] = False,
@@ -170,24 +178,23 @@ def main(
     console = Console()
     model = build(TINY if tiny else QWEN35_4B, device)
     parameters, cases = sum(p.numel() for p in model.parameters()), TINY_CASES if tiny else CASES
+    shared = {"parameters": parameters, "dtype": "bfloat16", "repeats": repeats, **facts(device)}
+    shared |= {"gated_delta": gated_delta.__version__, "transformers": version("transformers")}
+    shared |= {"fla": getattr(importlib.import_module("fla"), "__version__", "?") if "fla" in paths() else ""}
+    shared |= {"command": shlex.join(["python", *sys.argv])}
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(cases) * len(paths()))
         for case in cases:
             bar.update(task, description=case.name)
-            rows += measure(model, case, device, repeats, lambda: bar.advance(task))
-    shared = {"parameters": parameters, "dtype": "bfloat16", "repeats": repeats, **facts(device)}
-    shared |= {"gated_delta": gated_delta.__version__, "transformers": version("transformers")}
-    shared |= {"fla": getattr(importlib.import_module("fla"), "__version__", "?") if "fla" in paths() else ""}
-    shared |= {"command": shlex.join(["python", *sys.argv])}
+            found = measure(model, case, device, repeats, lambda: bar.advance(task))
+            rows += found
+            for row in found:
+                console.print(f"{row['case']}, {row['path']}: {row['tokens_per_s']} tokens/s")
+            if out:
+                write(out, rows, shared)
     console.print(table(rows, f"{parameters:,} parameters in bf16 on {shared['device']}"))
-    if out:
-        with out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *shared])
-            writer.writeheader()
-            writer.writerows(row | shared for row in rows)
-        console.print(f"written: {out}")
 
 
 if __name__ == "__main__":

@@ -41,10 +41,19 @@ def test_no_function_or_file_is_too_long(path: Path) -> None:
 
 
 @pytest.mark.xfail(
-    reason="The alarm rings: 10,257 lines. Context parallelism, SGLang, --model and plans came; no idea yet"
+    reason="The alarm rings. Context parallelism, SGLang, --model and plans of prefill came; no idea yet"
 )
 def test_the_package_is_small() -> None:
-    assert sum(path.read_text().count("\n") for path in SOURCES) < 10_000
+    assert lines_of_the_package() < 10_000
+
+
+def test_the_package_grows_no_further() -> None:
+    """Until it is small again, and this test goes."""
+    assert lines_of_the_package() < 10_270
+
+
+def lines_of_the_package() -> int:
+    return sum(path.read_text().count("\n") for path in SOURCES)
 
 
 def test_few_blocks_stand_twice() -> None:

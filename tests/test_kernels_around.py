@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import gated_delta as gd
 from gated_delta import reference
-from gated_delta.errors import OptionError, ShapeError
+from gated_delta.errors import DtypeError, OptionError, ShapeError
 from gated_delta.prefill import gates
 from gated_delta.testing.budget import assert_within_budget
 from helpers import DEVICE, nans, normal, same_bits, starts
@@ -62,6 +64,24 @@ def test_gates(backend: str, dtype: torch.dtype, negative: bool) -> None:
         assert x.dtype == torch.float32
         assert_within_budget(name, x.cpu(), evaluate(torch.float32), evaluate(torch.float64))
         torch.testing.assert_close(x.cpu().double(), evaluate(torch.float64), rtol=1e-5, atol=1e-35)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"A_log": torch.zeros(5)}, ShapeError, r"gates: A_log is of shape \[5\]; it must be \[HV\] with HV=6"),
+        ({"A_log": torch.zeros(6).double()}, DtypeError, "gates: A_log is float64"),
+        ({"dt_bias": torch.zeros(7)}, ShapeError, r"gates: dt_bias is of shape \[7\]"),
+        ({"a": torch.zeros(8, 6)}, ShapeError, r"gates: a is of shape \[8, 6\]"),
+        ({"b": torch.zeros(7, 3, 2)}, ShapeError, r"gates: b is of shape \[7, 3, 2\]"),
+        ({"b": None}, DtypeError, "gates: b is None; it must be a tensor"),
+        ({"allow_neg_eigval": 2}, DtypeError, "gates: allow_neg_eigval is a int; it must be True or False"),
+    ],
+)
+def test_gates_that_cannot_be(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {"A_log": torch.zeros(6), "a": torch.zeros(8, 3, 2), "dt_bias": torch.zeros(6), "b": torch.zeros(8, 3, 2)}
+    with pytest.raises(error, match=message):
+        gates(**(given | changed))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])

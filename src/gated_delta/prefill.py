@@ -129,9 +129,10 @@ def gates(
         Two of ``[L, H R]`` fp32.
 
     Raises:
-        BackendError: no backend serves this dtype and device.
+        ArgumentError: it names the argument, what it is and what it must be.
     """
-    chosen = dispatch.choose(dispatch.Request("gates", a.device.type, a.dtype, 0, 0), backend)
+    call = library.Gates._make((A_log, a, dt_bias, b, allow_neg_eigval, None, None))
+    chosen = dispatch.serving(operators.gates(call), a, backend)
     log_alpha, beta = (A_log.new_empty(len(a), len(A_log), dtype=torch.float32) for _ in range(2))
-    library.gates(A_log, a, dt_bias, b, allow_neg_eigval, log_alpha, beta, chosen)
+    library.gates(*call[:5], log_alpha, beta, chosen)
     return log_alpha, beta

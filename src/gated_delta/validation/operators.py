@@ -164,6 +164,16 @@ def norm(call: RmsNormGated) -> Arguments:
     return args
 
 
+def gates(call: library.Gates) -> Arguments:
+    """``gates``, but for what it gives."""
+    args, (A_log, a, *rest) = Arguments("gates"), library.TENSORS[type(call)][:4]
+    _tensors(args, call, [a])
+    args.bind("HV", args.sizes["H"] * args.sizes["R"], "H * R of a")
+    _tensors(args, call, [A_log, *rest])
+    args.flag("allow_neg_eigval", call.allow_neg_eigval)
+    return args
+
+
 def step(call: GatedDeltaNetStep) -> Arguments:
     """``gated_delta_net_step``: one token of each row, or ragged rows of a speculative step."""
     starts, accepted = call.cu_seqlens, call.num_accepted_tokens

@@ -79,7 +79,8 @@ def test_gates(backend: str, dtype: torch.dtype, negative: bool) -> None:
     ],
 )
 def test_gates_that_cannot_be(changed: dict[str, Any], error: type[Exception], message: str) -> None:
-    given = {"A_log": torch.zeros(6), "a": torch.zeros(8, 3, 2), "dt_bias": torch.zeros(6), "b": torch.zeros(8, 3, 2)}
+    given: dict[str, Any] = {"A_log": torch.zeros(6), "dt_bias": torch.zeros(6)}
+    given |= {"a": torch.zeros(8, 3, 2), "b": torch.zeros(8, 3, 2)}
     with pytest.raises(error, match=message):
         gates(**(given | changed))
 

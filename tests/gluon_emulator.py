@@ -39,12 +39,22 @@ from gluon_copies import commit_group, copies_arrive, copies_land, copy_tile, co
 from gluon_values import TORCH, KernelError, Value, argument, raw
 
 
-def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: object = None) -> Any:
+def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: object = None, value: Value | None = None) -> Any:
     if here.partition.products:
         raise KernelError(f"{here.partition.agent.name} allocates while its products run, whose operands it may get")
     if dtype == gl.int64:
         return Barriers(shape[0])
-    return Shared(Memory(), torch.full(tuple(shape), math.nan, dtype=TORCH[dtype]))
+    shared = Shared(Memory(), torch.full(tuple(shape), math.nan, dtype=TORCH[dtype]))
+    if value is not None:
+        shared.store(value)
+    return shared
+
+
+def mma_v2(a: Value, b: Value, acc: Value) -> Value:
+    """A product of warps, done when it returns."""
+    if not a.dtype == b.dtype in (gl.bfloat16, gl.float16):
+        raise KernelError(f"a product of {a.dtype} and {b.dtype}")
+    return Value(acc.data + a.data.float() @ b.data.float())
 
 
 def associative_scan(x: Value, axis: int, combine: Callable[[Any, Any], Value]) -> Value:
@@ -103,6 +113,7 @@ REPLACED: dict[int, Any] = {
         wait_group=copies_land,
     ),
     id(hopper.fence_async_shared): fence_async_shared,
+    id(hopper.mma_v2): mma_v2,
     id(hopper.tma): SimpleNamespace(store_wait=store_wait),
     id(hopper.warpgroup_mma): warpgroup_mma,
     id(hopper.warpgroup_mma_wait): warpgroup_mma_wait,

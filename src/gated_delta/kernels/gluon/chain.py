@@ -32,12 +32,12 @@ from gated_delta.kernels.gluon.prepare import (
     FROM_Q,
     LINES,
     VECTORS,
-    copy_async,
-    copy_rows,
+    clear_rows,
     copy_tile,
     gates_of,
     narrow,
     normalise,
+    pairs_of,
     sequence_of,
     slot_of,
     store_vectors,
@@ -46,6 +46,8 @@ from gated_delta.kernels.gluon.prepare import (
 )
 
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+"""Its name since Triton 3.8, or the one before 3.9."""
 
 
 @gluon.jit
@@ -59,45 +61,52 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
     """What chunks need: tiles by the copy engine, which behind the last token of a sequence hold those of the next one,
     except for k where :func:`make` is to have zeros. X, P' and vectors come from memory, or vectors are made.
     """
-    tensors, columns, rows, made, first, chunks, length, tiles, signals = what
+    tensors, columns, made, first, chunks, length, tiles, signals = what
     q, k, v = tensors
     q_column, k_column, v_column = columns
     sQ, sK, sV, sX, sP, factors = tiles
     full, empty, full_x, empty_x = signals
     STAGES: gl.constexpr = sK.shape[0]
+    landed = full
+    if MAKE:
+        g, beta, g_row, beta_row, scale, landed, ready = made
+        gates = gates_of(g, beta, length, g_row, beta_row, LOG)
     f = FROM_K + gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
     for t in range(chunks):
         stage, buffer = t % STAGES, t % 2
         row, left = first + t * 64, length - t * 64
         mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
-        if not MAKE or left >= 64:
-            mbarrier.expect(full.index(stage), 2 * 64 * (256 if OUT else 128))
-            copy_tile(k, [row, k_column], full.index(stage), sK.index(stage))
-        else:
-            k_rows, k_row = rows
-            copy_rows(sK.index(stage), k_rows + t * 64 * wide(k_row), k_row, left, 128)
-            async_copy.commit_group()
-            async_copy.wait_group(0)
-            fence_async_shared()
-            mbarrier.expect(full.index(stage), 2 * 64 * 128)
+        there = landed.index(stage)
+        mbarrier.expect(there, 2 * 64 * (256 if OUT else 128))
+        copy_tile(k, [row, k_column], there, sK.index(stage))
         if OUT:
-            copy_tile(q, [row, q_column], full.index(stage), sQ.index(stage))
+            copy_tile(q, [row, q_column], there, sQ.index(stage))
         if MAKE:
-            g, beta, g_row, beta_row, scale = made
-            at = wide(t * 64)
-            log_alpha, strength = gates_of(g + at * g_row, beta + at * beta_row, left, g_row, beta_row, LOG)
-            store_vectors(log_alpha, strength, scale, factors.index(stage), NORM or sK.dtype == gl.float16)
+            vectors = factors.index(stage)
+            store_vectors(gates, scale, vectors, LOG, NORM or sK.dtype == gl.float16)
+            g += g_row * wide(64)
+            beta += beta_row * wide(64)
+            gates = gates_of(g, beta, left - 64, g_row, beta_row, LOG)  # of the next chunk, ahead of time
+            mbarrier.wait(there, (t // STAGES) & 1)
+            if left < 64:
+                clear_rows(sK.index(stage), left)
+            if NORM:
+                normalise(sQ.index(stage), sK.index(stage), vectors)
             mbarrier.arrive(full.index(stage), count=1)
         else:
             x, p, vectors, chunk, heads = made
             copy_async(factors.index(stage), vectors + t * wide(heads) * VECTORS + f)
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            async_copy.mbarrier_arrive(there, increment_count=False)
         mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
         mbarrier.expect(full_x.index(buffer), 2 * 64 * 64 * (GROUPS + (0 if MAKE else 3 if OUT else 2)))
         for group in gl.static_range(GROUPS):
             tile = sV.index(GROUPS * buffer + group)
             copy_tile(v, [row, v_column + 64 * group], full_x.index(buffer), tile)
-        if not MAKE:
+        if MAKE:
+            nothing = (left <= 0).to(gl.int32)
+            pairs_of(sQ.index(stage), sK.index(stage), sP.index(buffer), vectors, nothing, NORM, 32)
+            mbarrier.arrive(ready.index(buffer), count=1)
+        else:
             place = (chunk + t * heads) * 64
             copy_tile(x, [place, 0], full_x.index(buffer), sX.index(buffer))
             if OUT:
@@ -107,19 +116,18 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
 @gluon.jit
 def make(what, NORM: gl.constexpr):
     """X and P' of all chunks."""
-    chunks, length, tiles, signals = what
-    sQ, sK, _, sX, sP, factors = tiles
-    full, _, full_x, empty_x = signals
+    chunks, length, tiles, signals, ready = what
+    _, sK, _, sX, sP, factors = tiles
+    full, _, full_x, _ = signals
     STAGES: gl.constexpr = sK.shape[0]
     for t in range(chunks):
-        stage, buffer = t % STAGES, t % 2
+        stage, buffer, parity = t % STAGES, t % 2, (t // 2) & 1
         mbarrier.wait(full.index(stage), (t // STAGES) & 1)
-        mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
-        k, vectors = sK.index(stage), factors.index(stage)
-        if NORM:
-            normalise(sQ.index(stage), k, vectors)
         nothing = (length - t * 64 <= 0).to(gl.int32)
-        without_state(sQ.index(stage), k, sP.index(buffer), sX.index(buffer), vectors, nothing, NORM, True)
+        without_state(
+            sK.index(stage), sP.index(buffer), sX.index(buffer), factors.index(stage), ready.index(buffer), parity,
+            nothing, NORM, 64,
+        )  # fmt: skip
         mbarrier.arrive(full_x.index(buffer), count=1)
 
 
@@ -316,9 +324,9 @@ def run(
 
 @gluon.jit(do_not_specialize=["null_slot", "L", "N", "size"])
 def chain(
-    k_rows, q, k, v, x, p, vectors, g, beta, cu_seqlens, slots, source, has_state, final, checkpoints,
+    q, k, v, x, p, vectors, g, beta, cu_seqlens, slots, source, has_state, final, checkpoints,
     checkpoint_starts, output, scale, null_slot, L, N, size, every,
-    q_head, k_row, k_head, v_head, g_row, g_head, beta_row, beta_head, o_row, o_head, cu_stride,
+    q_head, k_head, v_head, g_row, g_head, beta_row, beta_head, o_row, o_head, cu_stride,
     slot_stride, has_stride, starts_stride, s_slot, s_head, s_line, f_slot, f_head, f_line, c_row, c_head, c_line,
     RQ: gl.constexpr, RK: gl.constexpr, RV: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr, MAKE: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, ZERO_PADDING: gl.constexpr,
@@ -360,11 +368,12 @@ def chain(
     output += first * o_row
     chunk = (begin // 64 + sequence + before // 64) * heads + head
     tiles = buffers(q.dtype, GROUPS, STAGES, MAKE)
-    # Arrivals: of tiles, and of vectors; of v, and of X and P'.
+    # Arrivals: of vectors, and of tiles where nobody has waited for these; of v, and of X and P'.
     signals = (
-        barriers(STAGES, 2 if MAKE else 129), barriers(STAGES, GROUPS), barriers(2, 2 if MAKE else 1),
+        barriers(STAGES, 1 if MAKE else 129), barriers(STAGES, GROUPS), barriers(2, 2 if MAKE else 1),
         barriers(2, GROUPS),
     )  # fmt: skip
+    ready = barriers(2, 1)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype)
     sO = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], square)
     places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
@@ -372,10 +381,11 @@ def chain(
     rest = ((final, checkpoints, output), places, chunks, part, tiles, sO, signals)
     start = (source, s_line, is_there, rest)
     if MAKE:
-        made = (g + first * g_row + head * g_head, beta + first * beta_row + head * beta_head, g_row, beta_row, scale)
+        g += first * g_row + head * g_head
+        beta += first * beta_row + head * beta_head
+        made = (g, beta, g_row, beta_row, scale, barriers(STAGES, 1), ready)
     else:
         made = (x, p, vectors + chunk * VECTORS, narrow(chunk), heads)
     columns = (narrow(head // RQ * q_head), narrow(head // RK * k_head), narrow(head // RV * v_head) + own)
-    rows = (k_rows + (first * k_row + head // RK * k_head), k_row)
-    loads = ((q, k, v), columns, rows, made, narrow(first), chunks, part, tiles, signals)
-    run(start, loads, (chunks, part, tiles, signals), GROUPS, MAKE, NORM, LOG, REGISTERS)
+    loads = ((q, k, v), columns, made, narrow(first), chunks, part, tiles, signals)
+    run(start, loads, (chunks, part, tiles, signals, ready), GROUPS, MAKE, NORM, LOG, REGISTERS)

@@ -55,7 +55,7 @@ def summary(
     rest = ((maps, None, None), (chunks > 0, 0, 64, 128, 0, 0, 0), chunks, part, tiles, signals)
     columns = (0, narrow(head // RK * k_head), narrow(head // RV * v_head))
     made = (x, x, vectors + chunk * VECTORS, narrow(chunk), heads)
-    loads = ((k, k, v), columns, (0, 0), made, narrow(first), chunks, part, tiles, signals)
+    loads = ((k, k, v), columns, made, narrow(first), chunks, part, tiles, signals)
     gl.warp_specialize([
         (keep_summary, (unit, rest, gl.constexpr(0))),
         (keep_summary, (unit, rest, gl.constexpr(1))),

@@ -152,9 +152,9 @@ def bound_prefill(call: Prefill) -> Start:
             source, has_initial_state = _states_before(call, launches, x, vectors, part, places), None
         x, p = tiles(x), tiles(p)
     args = (
-        k, rows(q), rows(k), rows(v, 64), x, p, vectors, g, beta, cu_seqlens, call.state_indices, source,
+        rows(q), rows(k), rows(v, 64), x, p, vectors, g, beta, cu_seqlens, call.state_indices, source,
         has_initial_state, call.final_state, call.checkpoints, call.checkpoint_starts, output, call.scale,
-        call.null_slot, total, count, part, call.checkpoint_every, q.stride(1), *strides(k, 0, 1), v.stride(1),
+        call.null_slot, total, count, part, call.checkpoint_every, q.stride(1), k.stride(1), v.stride(1),
         *strides(g, 0, 1), *strides(beta, 0, 1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
         *strides(call.state_indices, 0), *strides(has_initial_state, 0), *strides(call.checkpoint_starts, 0),
         *strides(source, 0, 1, 2), *strides(call.final_state, 0, 1, 2), *strides(call.checkpoints, 0, 1, 2),
@@ -187,8 +187,8 @@ def _prepared(call: Prefill, launches: Launches) -> tuple[Tensor, Tensor, Tensor
     x, p = (launches.scratch(slots, heads, CHUNK, columns, dtype=q.dtype) for columns in (128, CHUNK))
     vectors = launches.scratch(slots, heads, VECTORS.value, dtype=torch.float32)
     args = (
-        q, k, rows(q), rows(k), tiles(x), tiles(p), g, beta, cu_seqlens, state_indices, vectors, call.scale,
-        call.null_slot, count, *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0, 1), *strides(beta, 0, 1),
+        rows(q), rows(k), tiles(x), tiles(p), g, beta, cu_seqlens, state_indices, vectors, call.scale,
+        call.null_slot, count, q.stride(1), k.stride(1), *strides(g, 0, 1), *strides(beta, 0, 1),
         *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}

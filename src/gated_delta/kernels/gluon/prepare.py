@@ -20,7 +20,6 @@ registers, in two parts: one alone would exceed the error budget where keys are 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -39,7 +38,6 @@ LINES = gl.constexpr(16 * 64)
 HIGH, GROWN, SHRUNK, STRONG = gl.constexpr(192), gl.constexpr(256), gl.constexpr(320), gl.constexpr(384)
 OF_K, OF_Q, ROWS_OF_P = gl.constexpr(512), gl.constexpr(576), gl.constexpr(640)
 COLUMNS_OF_P, ROWS_OF_X, NORM_K = gl.constexpr(704), gl.constexpr(768), gl.constexpr(832)
-copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 """Their names since Triton 3.8, or those before 3.9."""
@@ -81,12 +79,14 @@ def slot_of(slots, stride, sequence, null_slot):
 
 
 @gluon.jit
-def copy_rows(tile, base, stride, left, COLUMNS: gl.constexpr):
-    """The first rows of a tile, zeros for those from ``left`` on."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
-    n = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
-    c = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
-    copy_async(tile, base + (n.to(gl.int64) * stride + c), mask=n < left)
+def clear_rows(tile, left):
+    """Zeros from row ``left`` on, fenced: the copy engine brought rows of the next sequence."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+    for half in gl.static_range(0, 128, 64):
+        columns = tile.slice(half, 64, dim=1)
+        columns.store(gl.where(row < left, columns.load(layout), 0.0))
+    fence_async_shared()
 
 
 @gluon.jit
@@ -96,15 +96,20 @@ def add(a, b):
 
 @gluon.jit
 def gates_of(g, beta, length, g_row, beta_row, LOG: gl.constexpr):
-    """log2 alpha and beta of a chunk's tokens; 0 where there is no token."""
+    """Gates of a chunk's tokens as they are stored; where there is no token, nothing decays and beta is 0."""
     row = gl.arange(0, 64, LINE).to(gl.int64)
-    x = gl.load(g + row * g_row, mask=row < length, other=0.0 if LOG else 1.0).to(gl.float32)
-    b = gl.load(beta + row * beta_row, mask=row < length, other=0.0).to(gl.float32)
+    x = gl.load(g + row * g_row, mask=row < length, other=0.0 if LOG else 1.0)
+    return x.to(gl.float32), gl.load(beta + row * beta_row, mask=row < length, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def log2_of(x, LOG: gl.constexpr):
+    """log2 alpha."""
     if LOG:
         x = x * 1.4426950408889634
     else:
         x = gl.where(x < 1e-37, -160.0, gl.log2(gl.maximum(x, 1e-37)))
-    return gl.maximum(x, -160.0), b
+    return gl.maximum(x, -160.0)
 
 
 @gluon.jit
@@ -185,9 +190,10 @@ def eight(a, b, c, d, e, f, g, h):
 
 
 @gluon.jit
-def store_vectors(log_alpha, strength, scale, vectors, OF_Q_APART: gl.constexpr):
+def store_vectors(gates, scale, vectors, LOG: gl.constexpr, OF_Q_APART: gl.constexpr):
     """Put into shared memory what a chunk's matrices are multiplied with, and whether its decay is strong."""
-    high, grown, shrunk, whole, rest = running(log_alpha)
+    decays, strength = gates
+    high, grown, shrunk, whole, rest = running(log2_of(decays, LOG))
     middle = gl.floor(whole * 4.0) * 0.125
     strong = whole < -200.0  # gates are at most 1: nothing before is lower
     all, start = gl.zeros([64], gl.float32, LINE), gl.exp2(high) * grown
@@ -208,9 +214,10 @@ def row_norms(sX, line):
     that the compiler takes from operands of products under way.
     """
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    x = sX.slice(0, 64, dim=1).load(rows).to(gl.float32)
-    y = sX.slice(64, 64, dim=1).load(rows).to(gl.float32)
-    line.store(gl.rsqrt(gl.sum(x * x + y * y, axis=1) + 1e-6))
+    for first in gl.static_range(0, 64, 32):
+        x = sX.slice(first, 32, dim=0).slice(0, 64, dim=1).load(rows).to(gl.float32)
+        y = sX.slice(first, 32, dim=0).slice(64, 64, dim=1).load(rows).to(gl.float32)
+        line.slice(first, 32).store(gl.rsqrt(gl.sum(x * x + y * y, axis=1) + 1e-6))
     return line.load(LINE)
 
 
@@ -231,24 +238,31 @@ def normalise(sQ, sK, vectors):
 
 
 @gluon.jit
-def without_state(sQ, sK, sP, sX, vectors, nothing, NORM: gl.constexpr, ROOM: gl.constexpr):
-    """P' and X into shared memory, fenced; sX may be sK. ROOM: there are registers for products side by side. All
-    buffers are there before products run: the compiler takes the room of operands for free once those are issued.
+def pairs_of(sQ, sK, sP, vectors, nothing, NORM: gl.constexpr, WIDTH: gl.constexpr):
+    """P without decays into shared memory, fenced, so many queries at once."""
+    dtype: gl.constexpr = sP.dtype
+    FINE: gl.constexpr = dtype == gl.float16
+    zero = gl.zeros([64, WIDTH], gl.float32, layout_of(WIDTH))
+    for first in gl.static_range(0, 64, WIDTH):
+        queries = sQ.slice(first, WIDTH, dim=0).permute((1, 0))
+        kq = warpgroup_mma(sK, queries, zero, use_acc=False, is_async=True)
+        KQ = gl.where(upper(first, WIDTH, nothing), warpgroup_mma_wait(0, deps=(kq,)), 0.0)
+        if NORM or FINE:  # before it is rounded to fp16, which it may be too large or too small for
+            KQ = KQ * columns_of(vectors, OF_Q, first, WIDTH)
+        if NORM and FINE:
+            KQ = KQ * rows_of(vectors, NORM_K, WIDTH)
+        sP.slice(first, WIDTH, dim=0).permute((1, 0)).store(KQ.to(dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def without_state(sK, sP, sX, vectors, ready, parity, nothing, NORM: gl.constexpr, WIDTH: gl.constexpr):
+    """P' in the place of P, which is there once ``ready`` completes, so many queries at once, and X, into shared memory,
+    fenced; sX may be sK.
     """
     dtype: gl.constexpr = sP.dtype
     FINE: gl.constexpr = dtype == gl.float16
-    zero = gl.zeros([64, 64], gl.float32, ACC)
-    kq = warpgroup_mma(sK, sQ.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if ROOM:
-        kk = warpgroup_mma(sK, sK.permute((1, 0)), zero, use_acc=False, is_async=True)
-    KQ = gl.where(upper(0, 64, nothing), warpgroup_mma_wait(1 if ROOM else 0, deps=(kq,)), 0.0)
-    if NORM or FINE:  # before it is rounded to fp16, which it may be too large or too small for
-        KQ = KQ * columns_of(vectors, OF_Q)
-    if NORM and FINE:
-        KQ = KQ * rows_of(vectors, NORM_K)
-    sP.permute((1, 0)).store(KQ.to(dtype))
-    if not ROOM:
-        kk = warpgroup_mma(sK, sK.permute((1, 0)), zero, use_acc=False, is_async=True)
+    kk = warpgroup_mma(sK, sK.permute((1, 0)), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True)
     N = warpgroup_mma_wait(0, deps=(kk,)) * columns_of(vectors, OF_K)
     if NORM:
         N = N * rows_of(vectors, NORM_K)
@@ -256,8 +270,8 @@ def without_state(sQ, sK, sP, sX, vectors, nothing, NORM: gl.constexpr, ROOM: gl
     if NORM and not FINE:
         T = T * columns_of(vectors, NORM_K)
     high, low = parts(T, dtype)
-    fence_async_shared()
-    WIDTH: gl.constexpr = 64 if ROOM else 32
+    if ready is not None:
+        mbarrier.wait(ready, parity)
     for first in gl.static_range(0, 64, WIDTH):
         tile = sP.slice(first, WIDTH, dim=0).permute((1, 0))
         PT, high, low = warpgroup_mma_wait(0, deps=(product2(high, low, tile), high, low))
@@ -273,8 +287,8 @@ def without_state(sQ, sK, sP, sX, vectors, nothing, NORM: gl.constexpr, ROOM: gl
 
 @gluon.jit(do_not_specialize=["N", "null_slot"])
 def prepare(
-    q_rows, k_rows, q, k, x, p, g, beta, cu_seqlens, slots, vectors, scale, null_slot, N,
-    q_row, q_head, k_row, k_head, g_row, g_head, beta_row, beta_head, cu_stride, slot_stride,
+    q, k, x, p, g, beta, cu_seqlens, slots, vectors, scale, null_slot, N,
+    q_head, k_head, g_row, g_head, beta_row, beta_head, cu_stride, slot_stride,
     RQ: gl.constexpr, RK: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr,
 ):  # fmt: skip
     """One chunk of one state head. RQ, RK: state heads to a head of q and of k."""
@@ -296,25 +310,20 @@ def prepare(
     own = vectors_in_shared(1, LINES).index(0)
     landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(landed.index(0), count=1)
-    if length == 64:
-        mbarrier.expect(landed.index(0), 2 * 64 * 256)
-        copy_tile(k, [narrow(first), narrow(head // RK * k_head)], landed.index(0), sK)
-        copy_tile(q, [narrow(first), narrow(head // RQ * q_head)], landed.index(0), sQ)
-    else:  # the copy engine would bring the next sequence's rows as well
-        copy_rows(sK, k_rows + (first * k_row + head // RK * k_head), k_row, length, 128)
-        copy_rows(sQ, q_rows + (first * q_row + head // RQ * q_head), q_row, length, 128)
-        async_copy.commit_group()
-        async_copy.wait_group(0)
-        fence_async_shared()
-        mbarrier.arrive(landed.index(0), count=1)
+    mbarrier.expect(landed.index(0), 2 * 64 * 256)
+    copy_tile(k, [narrow(first), narrow(head // RK * k_head)], landed.index(0), sK)
+    copy_tile(q, [narrow(first), narrow(head // RQ * q_head)], landed.index(0), sQ)
     g += first * g_row + head * g_head
     beta += first * beta_row + head * beta_head
-    log_alpha, strength = gates_of(g, beta, length, g_row, beta_row, LOG)
-    store_vectors(log_alpha, strength, scale, own, NORM or dtype == gl.float16)
+    gates = gates_of(g, beta, length, g_row, beta_row, LOG)
+    store_vectors(gates, scale, own, LOG, NORM or dtype == gl.float16)
     mbarrier.wait(landed.index(0), 0)
+    if length < 64:
+        clear_rows(sK, length)
     if NORM:
         normalise(sQ, sK, own)
-    without_state(sQ, sK, sP, sK, own, 0, NORM, False)
+    pairs_of(sQ, sK, sP, own, 0, NORM, 64)
+    without_state(sK, sP, sK, own, None, 0, 0, NORM, 32)
     chunk = place.to(gl.int64) * gl.num_programs(1) + head
     store_tile(x, [narrow(chunk * 64), 0], sK)
     store_tile(p, [narrow(chunk * 64), 0], sP)

@@ -91,6 +91,7 @@ LANGUAGE = SimpleNamespace(
     permute=lambda x, order: Value(x.data.permute(order)),
     convert_layout=lambda x, layout: x,
     join=lambda x, y: Value(torch.stack((x.data, y.data), -1)),
+    split=lambda x: tuple(map(Value, x.data.unbind(-1))),
     to_tensor=lambda x: x if isinstance(x, Value) else Value(x),
     associative_scan=associative_scan,
     allocate_shared_memory=allocate_shared_memory,

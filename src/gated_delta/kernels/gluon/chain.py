@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gated_delta.kernels.gluon.inverse import ACC, layout_of
+from gated_delta.kernels.gluon.inverse import ACC, layout_of, rooms
 from gated_delta.kernels.gluon.prepare import (
     DECAY,
     FROM_K,
@@ -38,6 +38,7 @@ from gated_delta.kernels.gluon.prepare import (
     narrow,
     normalise,
     pairs_of,
+    pairs_of_keys,
     sequence_of,
     slot_of,
     store_vectors,
@@ -69,7 +70,7 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
     STAGES: gl.constexpr = sK.shape[0]
     landed = full
     if MAKE:
-        g, beta, g_row, beta_row, scale, landed, ready = made
+        g, beta, g_row, beta_row, scale, room, landed, free, ready = made
         gates = gates_of(g, beta, length, g_row, beta_row, LOG)
     f = FROM_K + gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
     for t in range(chunks):
@@ -92,6 +93,9 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
                 clear_rows(sK.index(stage), left)
             if NORM:
                 normalise(sQ.index(stage), sK.index(stage), vectors)
+            nothing = (left <= 0).to(gl.int32)
+            mbarrier.wait(free.index(0), (t & 1) ^ 1)
+            pairs_of_keys(sK.index(stage), room, vectors, nothing, NORM, 32)
             mbarrier.arrive(full.index(stage), count=1)
         else:
             x, p, vectors, chunk, heads = made
@@ -103,7 +107,6 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
             tile = sV.index(GROUPS * buffer + group)
             copy_tile(v, [row, v_column + 64 * group], full_x.index(buffer), tile)
         if MAKE:
-            nothing = (left <= 0).to(gl.int32)
             pairs_of(sQ.index(stage), sK.index(stage), sP.index(buffer), vectors, nothing, NORM, 32)
             mbarrier.arrive(ready.index(buffer), count=1)
         else:
@@ -116,7 +119,7 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
 @gluon.jit
 def make(what, NORM: gl.constexpr):
     """X and P' of all chunks."""
-    chunks, length, tiles, signals, ready = what
+    chunks, length, tiles, signals, room, free, ready = what
     _, sK, _, sX, sP, factors = tiles
     full, _, full_x, _ = signals
     STAGES: gl.constexpr = sK.shape[0]
@@ -125,8 +128,8 @@ def make(what, NORM: gl.constexpr):
         mbarrier.wait(full.index(stage), (t // STAGES) & 1)
         nothing = (length - t * 64 <= 0).to(gl.int32)
         without_state(
-            sK.index(stage), sP.index(buffer), sX.index(buffer), factors.index(stage), ready.index(buffer), parity,
-            nothing, NORM, 64,
+            sK.index(stage), sP.index(buffer), sX.index(buffer), room, factors.index(stage),
+            (free.index(0), ready.index(buffer)), parity, nothing, NORM, 64,
         )  # fmt: skip
         mbarrier.arrive(full_x.index(buffer), count=1)
 
@@ -373,7 +376,6 @@ def chain(
         barriers(STAGES, 1 if MAKE else 129), barriers(STAGES, GROUPS), barriers(2, 2 if MAKE else 1),
         barriers(2, GROUPS),
     )  # fmt: skip
-    ready = barriers(2, 1)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype)
     sO = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], square)
     places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
@@ -383,9 +385,13 @@ def chain(
     if MAKE:
         g += first * g_row + head * g_head
         beta += first * beta_row + head * beta_head
-        made = (g, beta, g_row, beta_row, scale, barriers(STAGES, 1), ready)
+        # Not there where nobody uses them: their room would be taken for free.
+        room, free, ready = rooms(q.dtype == gl.float16), barriers(1, 1), barriers(2, 1)
+        made = (g, beta, g_row, beta_row, scale, room, barriers(STAGES, 1), free, ready)
+        makes = (chunks, part, tiles, signals, room, free, ready)
     else:
         made = (x, p, vectors + chunk * VECTORS, narrow(chunk), heads)
+        makes = None
     columns = (narrow(head // RQ * q_head), narrow(head // RK * k_head), narrow(head // RV * v_head) + own)
     loads = ((q, k, v), columns, made, narrow(first), chunks, part, tiles, signals)
-    run(start, loads, (chunks, part, tiles, signals, ready), GROUPS, MAKE, NORM, LOG, REGISTERS)
+    run(start, loads, makes, GROUPS, MAKE, NORM, LOG, REGISTERS)

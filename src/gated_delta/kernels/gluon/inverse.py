@@ -25,9 +25,11 @@ def layout_of(columns: int) -> gl.NVMMADistributedLayout:
 
 ACC = gl.constexpr(layout_of(64))
 SLIM = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8]))
-"""Of ``[64, 16]`` results of a warp's own products: a warp has the same rows."""
+CUBE = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1, 1], instr_shape=[1, 16, 8]))
+"""Of ``[64, columns]`` and ``[4, 16, columns]`` results of a warp's own products: it has the same rows."""
 HALVES = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
-"""Of ``[matrix, row, column]``, 16 columns of 16 bits: 8 rows' 16 bytes come from all banks."""
+EIGHTS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [2, 1, 0]))
+"""Of ``[matrix, row, column]`` with 16 and with 8 columns of 16 bits: 8 rows' 16 bytes come from all banks."""
 
 
 @gluon.jit
@@ -42,25 +44,22 @@ def axis_of(SIZE: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def substitute(N, nothing):
-    """Inverses of the diagonal blocks of 16 of ``I + N``, ``[block, row, column]``, a thread a row. Column by column, so
-    that what was found last enters a sum last, and nothing waits for the rest of it.
+def room_for(COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr, FINE: gl.constexpr):
+    """Room in shared memory for matrices of fp16, FINE: of two parts."""
+    high = gl.allocate_shared_memory(gl.float16, [COUNT, ROWS, COLUMNS], LAYOUT)
+    low = high
+    if FINE:
+        low = gl.allocate_shared_memory(gl.float16, [COUNT, ROWS, COLUMNS], LAYOUT)
+    return high, low
+
+
+@gluon.jit
+def rooms(FINE: gl.constexpr):
+    """For what :func:`put` leaves to :func:`inverse`: N by columns of blocks of 16; its blocks of 8 on the diagonal,
+    transposed; what is beside these.
     """
-    sN = gl.allocate_shared_memory(gl.float32, [4, 16, 16], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    thin = gl.reshape(N, [64, 4, 16])
-    layout: gl.constexpr = thin.type.layout
-    own = axis_of(64, 0, layout) // 16 + nothing == axis_of(4, 1, layout)
-    blocks = gl.sum(gl.where(own, thin, 0.0), axis=1)
-    sN.store(gl.permute(gl.reshape(blocks, [4, 16, 16]), (0, 2, 1)))  # [block, column, row]
-    cube: gl.constexpr = gl.BlockedLayout([1, 1, 16], [2, 16, 1], [4, 1, 1], [2, 1, 0])
-    column = axis_of(16, 2, cube)
-    row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, cube)))[None, :] + nothing
-    x = gl.zeros([4, 16, 16], gl.float32, cube)
-    for j in gl.static_range(16):
-        line = sN.slice(j, 1, dim=1).load(cube)
-        new = gl.where(row == j, 1.0, 0.0) - gl.sum(gl.where(column < j, line * x, -0.0), axis=2)
-        x = gl.where(column == j, new[:, :, None], x)
-    return x
+    wide = room_for(4, 64, 16, HALVES, FINE)
+    return wide, room_for(8, 8, 8, EIGHTS, FINE), room_for(8, 8, 8, EIGHTS, FINE)
 
 
 @gluon.jit
@@ -74,55 +73,125 @@ def halves(x, FINE: gl.constexpr):
 
 
 @gluon.jit
-def blocks_in_shared(x, FINE: gl.constexpr):
-    """Matrices ``[matrix, row, column]`` of 16 columns below each other, as right operands."""
-    ROWS: gl.constexpr = x.shape[0] * x.shape[1]
+def write(room, x, FINE: gl.constexpr):
     high, low = halves(x, FINE)
-    sX = gl.allocate_shared_memory(gl.float16, x.shape, HALVES, high).reshape([ROWS, 16])
-    sY = sX
+    room[0].store(high)
     if FINE:
-        sY = gl.allocate_shared_memory(gl.float16, x.shape, HALVES, low).reshape([ROWS, 16])
-    return sX, sY
+        room[1].store(low)
 
 
 @gluon.jit
-def left_of(x, FINE: gl.constexpr):
-    """A column of blocks as left operand."""
-    left: gl.constexpr = gl.DotOperandLayout(0, SLIM, 2)
-    high, low = halves(x, FINE)
-    return gl.convert_layout(high, left), gl.convert_layout(low, left)
+def load(room, SHAPE: gl.constexpr, LAYOUT: gl.constexpr, FINE: gl.constexpr):
+    """In fp32."""
+    x = room[0].reshape(SHAPE).load(LAYOUT).to(gl.float32)
+    if FINE:
+        x += room[1].reshape(SHAPE).load(LAYOUT).to(gl.float32)
+    return x
 
 
 @gluon.jit
-def add_product(z, x, y, row: gl.constexpr, FINE: gl.constexpr):
-    """z and the product of a column of blocks and the block from a row on, FINE: of two fp16 parts each."""
-    right: gl.constexpr = gl.DotOperandLayout(1, SLIM, 2)
+def add_product(z, x, y, SHAPE: gl.constexpr, ROW: gl.constexpr, FINE: gl.constexpr):
+    """z and the product of fp16 tensor cores, FINE: of two parts each, of x and 16 rows of y, of this shape."""
+    left: gl.constexpr = gl.DotOperandLayout(0, z.type.layout, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, z.type.layout, 2)
     high, low = x
-    Y, rest = y
-    b = Y.slice(row, 16, dim=0).load(right)
+    high, low = gl.convert_layout(high, left), gl.convert_layout(low, left)
+    b = y[0].reshape(SHAPE).slice(ROW, 16, dim=len(SHAPE) - 2).load(right)
     z = mma_v2(high, b, z)
     if FINE:
         z = mma_v2(low, b, z)
-        z = mma_v2(high, rest.slice(row, 16, dim=0).load(right), z)
+        z = mma_v2(high, y[1].reshape(SHAPE).slice(ROW, 16, dim=len(SHAPE) - 2).load(right), z)
     return z
 
 
 @gluon.jit
-def beside(left, right):
+def beside(left, right, LAYOUT: gl.constexpr):
     """``[left, right]``; every thread keeps what it has."""
-    COLUMNS: gl.constexpr = 2 * left.shape[1]
-    x = gl.reshape(gl.permute(gl.join(left, right), [0, 2, 1]), [64, COLUMNS])
-    return gl.convert_layout(x, layout_of(COLUMNS))
+    x = gl.reshape(gl.permute(gl.join(left, right), [0, 2, 1]), [64, 2 * left.shape[1]])
+    return gl.convert_layout(x, LAYOUT)
 
 
 @gluon.jit
-def inverse(N, nothing, FINE: gl.constexpr):
-    """``(I + N)^-1`` of N above its diagonal."""
-    minus = blocks_in_shared(gl.permute(gl.reshape(-N, [64, 4, 16]), (1, 0, 2)), FINE)
-    inverses = blocks_in_shared(substitute(N, nothing), FINE)
-    D = inverses[0].load(SLIM).to(gl.float32)
+def is_upper(LAYOUT: gl.constexpr):
+    """Rows of the upper half of a block of 16."""
+    return (gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) // 8 % 2 == 0)[:, None]
+
+
+@gluon.jit
+def own_blocks(N, FIRST: gl.constexpr, nothing):
+    """Blocks of 16 on the diagonal, below each other, as far as they are in these columns of a matrix; others 0."""
+    COUNT: gl.constexpr = N.shape[1] // 16
+    thin = gl.reshape(N, [64, COUNT, 16])
+    layout: gl.constexpr = thin.type.layout
+    own = axis_of(64, 0, layout) // 16 + nothing == FIRST // 16 + axis_of(COUNT, 1, layout)
+    return gl.convert_layout(gl.sum(gl.where(own, thin, 0.0), axis=1), SLIM)
+
+
+@gluon.jit
+def put(N, FIRST: gl.constexpr, room, FINE: gl.constexpr):
+    """Columns of N into their place."""
+    COUNT: gl.constexpr = N.shape[1] // 16
+    columns = gl.permute(gl.reshape(N, [64, COUNT, 16]), (1, 0, 2))
+    high, low = halves(columns, FINE)
+    room[0].slice(FIRST // 16, COUNT, dim=0).store(high)
     if FINE:
-        D += inverses[1].load(SLIM).to(gl.float32)
+        room[1].slice(FIRST // 16, COUNT, dim=0).store(low)
+
+
+@gluon.jit
+def put_diagonal(blocks, room, FINE: gl.constexpr):
+    """Blocks of 8 on the diagonal, transposed, and what is to their right, from blocks of 16."""
+    _, eights, between = room
+    first, second = gl.split(gl.permute(gl.reshape(blocks, [64, 2, 8]), (0, 2, 1)))
+    layout: gl.constexpr = first.type.layout
+    diagonal = gl.where(is_upper(layout), first, second)
+    write(eights, gl.permute(gl.reshape(diagonal, [8, 8, 8]), (0, 2, 1)), FINE)
+    write(between, gl.reshape(second, [8, 8, 8]), FINE)
+
+
+@gluon.jit
+def substitute(N, FINE: gl.constexpr):
+    """``(I - N)^-1`` of blocks of 8, ``[block, row, column]``, from the transpose of N: a thread a row, column by column,
+    so that what was found last enters a sum last, and nothing waits for the rest of it.
+    """
+    cube: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 8, 1], [4, 1, 1], [2, 1, 0])
+    column = axis_of(8, 2, cube)
+    row = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, cube)))[None, :]
+    x = gl.zeros([8, 8, 8], gl.float32, cube)
+    for j in gl.static_range(8):
+        line = N[0].slice(j, 1, dim=1).load(cube).to(gl.float32)
+        if FINE:
+            line += N[1].slice(j, 1, dim=1).load(cube).to(gl.float32)
+        new = gl.where(row == j, 1.0, 0.0) + gl.sum(gl.where(column < j, line * x, -0.0), axis=2)
+        x = gl.where(column == j, new[:, :, None], x)
+    return x
+
+
+@gluon.jit
+def joined(room, FINE: gl.constexpr):
+    """Inverses of blocks of 16 below each other: ``[[I - A, -C], [0, I - D]]^-1`` has ``(I - A)^-1 C (I - D)^-1`` in its
+    corner.
+    """
+    _, eights, between = room
+    inverses = room_for(8, 8, 8, EIGHTS, FINE)
+    write(inverses, substitute(eights, FINE), FINE)
+    x = load(inverses, [64, 8], SLIM, FINE)
+    upper, zero = is_upper(SLIM), gl.zeros([4, 16, 8], gl.float32, CUBE)
+    A, D = gl.where(upper, x, 0.0), gl.where(upper, 0.0, x)
+    left = gl.reshape(beside(A, D, SLIM), [4, 16, 16])
+    y = add_product(zero, halves(left, FINE), between, [4, 16, 8], 0, FINE)
+    y = gl.where(upper, gl.convert_layout(gl.reshape(y, [64, 8]), SLIM), 0.0)
+    left = gl.reshape(beside(gl.zeros([64, 8], gl.float32, SLIM), y, SLIM), [4, 16, 16])
+    y = add_product(zero, halves(left, FINE), inverses, [4, 16, 8], 0, FINE)
+    return beside(A, D + gl.convert_layout(gl.reshape(y, [64, 8]), SLIM), SLIM)
+
+
+@gluon.jit
+def inverse(room, nothing, FINE: gl.constexpr):
+    """``(I - N)^-1`` of N above its diagonal, from what :func:`put` and :func:`put_diagonal` made of it."""
+    D = joined(room, FINE)
+    inverses = room_for(4, 16, 16, HALVES, FINE)
+    write(inverses, gl.reshape(D, [4, 16, 16]), FINE)
     own = gl.arange(0, 64, gl.SliceLayout(1, SLIM))[:, None] // 16 + nothing
     columns = ()
     known = ()
@@ -131,9 +200,9 @@ def inverse(N, nothing, FINE: gl.constexpr):
         if j > 0:
             sum = gl.zeros([64, 16], gl.float32, SLIM)
             for k in gl.static_range(j):
-                sum = add_product(sum, known[k], minus, 64 * j + 16 * k, FINE)
-            T = add_product(T, left_of(sum, FINE), inverses, 16 * j, FINE)
+                sum = add_product(sum, known[k], room[0], [256, 16], 64 * j + 16 * k, FINE)
+            T = add_product(T, halves(sum, FINE), inverses, [64, 16], 16 * j, FINE)
         columns = columns + (T,)
-        if j < 3:
-            known = known + (left_of(T, FINE),)
-    return beside(beside(columns[0], columns[1]), beside(columns[2], columns[3]))
+        known = known + (halves(T, FINE),)
+    half: gl.constexpr = layout_of(32)
+    return beside(beside(columns[0], columns[1], half), beside(columns[2], columns[3], half), ACC)

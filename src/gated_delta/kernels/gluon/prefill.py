@@ -19,8 +19,8 @@ from gated_delta.kernels.triton.launch import Launches, Start, strides
 from gated_delta.library import Prefill, tensors
 
 CHUNK = 64
-REGISTERS = {1: (40,), 2: (232, 40), 3: (160, 152, 40)}
-"""By groups that compute: of a thread of the second that keeps 64 values, of one that prepares, of one that loads."""
+REGISTERS = {1: (40,), 2: (232, 40), 3: (168, 112, 64)}
+"""By groups that compute: of a thread of the second that keeps 64 values, of one that inverts, of one that loads."""
 PREPARE_REGISTERS = {torch.bfloat16: 96, torch.float16: 128}
 """Five programs of :func:`prepare` on a processor; fp16, which takes two parts in more products, has four."""
 STAGES, SHORT_REGISTERS = 3, 128
@@ -135,6 +135,8 @@ def bound_prefill(call: Prefill) -> Start:
     # Parts change bits, and a checkpoint has those of the final state of a prefix.
     whole = call.batch_invariant or call.checkpoints is not None
     groups, part, make, stages = _TAKEN.get() or plan(total, count, heads, _processors(call.q.device), whole)
+    if make and call.q.dtype == torch.float16:
+        stages = 2  # N has two parts, whose room this is
     if total == 0 and count == 0:
         return launches.bound()
     if total == 0:  # the copy engine wants addresses
@@ -166,7 +168,7 @@ def bound_prefill(call: Prefill) -> Start:
     }  # fmt: skip
     # The last programs are for the tokens behind the last sequence.
     grid = (heads * 2 // groups, places + call.zero_padding)
-    options = {"registers": SHORT_REGISTERS} if stages < STAGES else {}
+    options = {"registers": SHORT_REGISTERS} if stages == 1 else {}
     launches.add(chain, grid, args, constants, warps=4, **options)
     return launches.bound()
 

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gated_delta.kernels.gluon.inverse import ACC, inverse, layout_of
+from gated_delta.kernels.gluon.inverse import ACC, SLIM, inverse, layout_of, own_blocks, put, put_diagonal, rooms
 
 # Vectors of a chunk in memory: what multiplies rows of K S and of Q S, and the decay of the state, 64 times.
 VECTORS = gl.constexpr(4 * 64)
@@ -238,6 +238,22 @@ def normalise(sQ, sK, vectors):
 
 
 @gluon.jit
+def pairs_of_keys(sK, room, vectors, nothing, NORM: gl.constexpr, WIDTH: gl.constexpr):
+    """-N without decays into its room, so many columns at once."""
+    FINE: gl.constexpr = sK.dtype == gl.float16
+    zero = gl.zeros([64, WIDTH], gl.float32, layout_of(WIDTH))
+    blocks = gl.zeros([64, 16], gl.float32, SLIM)
+    for first in gl.static_range(0, 64, WIDTH):
+        kk = warpgroup_mma(sK, sK.slice(first, WIDTH, dim=0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        N = warpgroup_mma_wait(0, deps=(kk,)) * -columns_of(vectors, OF_K, first, WIDTH)
+        if NORM:
+            N = N * rows_of(vectors, NORM_K, WIDTH)
+        put(N, first, room[0], FINE)
+        blocks += own_blocks(N, first, nothing)
+    put_diagonal(blocks, room, FINE)
+
+
+@gluon.jit
 def pairs_of(sQ, sK, sP, vectors, nothing, NORM: gl.constexpr, WIDTH: gl.constexpr):
     """P without decays into shared memory, fenced, so many queries at once."""
     dtype: gl.constexpr = sP.dtype
@@ -256,21 +272,20 @@ def pairs_of(sQ, sK, sP, vectors, nothing, NORM: gl.constexpr, WIDTH: gl.constex
 
 
 @gluon.jit
-def without_state(sK, sP, sX, vectors, ready, parity, nothing, NORM: gl.constexpr, WIDTH: gl.constexpr):
-    """P' in the place of P, which is there once ``ready`` completes, so many queries at once, and X, into shared memory,
-    fenced; sX may be sK.
+def without_state(sK, sP, sX, room, vectors, signals, parity, nothing, NORM: gl.constexpr, WIDTH: gl.constexpr):
+    """P' in the place of P, so many queries at once, and X, into shared memory, fenced; sX may be sK. ``signals``, if
+    there are: the room is free again; P is there.
     """
     dtype: gl.constexpr = sP.dtype
     FINE: gl.constexpr = dtype == gl.float16
-    kk = warpgroup_mma(sK, sK.permute((1, 0)), gl.zeros([64, 64], gl.float32, ACC), use_acc=False, is_async=True)
-    N = warpgroup_mma_wait(0, deps=(kk,)) * columns_of(vectors, OF_K)
-    if NORM:
-        N = N * rows_of(vectors, NORM_K)
-    T = inverse(N, nothing, FINE)
+    T = inverse(room, nothing, FINE)
+    if signals is not None:
+        free, ready = signals
+        mbarrier.arrive(free, count=1)
     if NORM and not FINE:
         T = T * columns_of(vectors, NORM_K)
     high, low = parts(T, dtype)
-    if ready is not None:
+    if signals is not None:
         mbarrier.wait(ready, parity)
     for first in gl.static_range(0, 64, WIDTH):
         tile = sP.slice(first, WIDTH, dim=0).permute((1, 0))
@@ -323,7 +338,9 @@ def prepare(
     if NORM:
         normalise(sQ, sK, own)
     pairs_of(sQ, sK, sP, own, 0, NORM, 64)
-    without_state(sK, sP, sK, own, None, 0, 0, NORM, 32)
+    room = rooms(dtype == gl.float16)  # where q was
+    pairs_of_keys(sK, room, own, 0, NORM, 64)
+    without_state(sK, sP, sK, room, own, None, 0, 0, NORM, 32)
     chunk = place.to(gl.int64) * gl.num_programs(1) + head
     store_tile(x, [narrow(chunk * 64), 0], sK)
     store_tile(p, [narrow(chunk * 64), 0], sP)

@@ -37,8 +37,7 @@ from gated_delta.kernels.gluon.prepare import (
     gates_of,
     narrow,
     normalise,
-    pairs_of,
-    pairs_of_keys,
+    put_pairs,
     sequence_of,
     slot_of,
     store_vectors,
@@ -93,10 +92,11 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
                 clear_rows(sK.index(stage), left)
             if NORM:
                 normalise(sQ.index(stage), sK.index(stage), vectors)
+            parity = ((t // 2) & 1) ^ 1
+            turns = (free.index(0), (t & 1) ^ 1, full.index(stage), empty_x.index(buffer), parity)
             nothing = (left <= 0).to(gl.int32)
-            mbarrier.wait(free.index(0), (t & 1) ^ 1)
-            pairs_of_keys(sK.index(stage), room, vectors, nothing, NORM, 32)
-            mbarrier.arrive(full.index(stage), count=1)
+            put_pairs(sQ.index(stage), sK.index(stage), sP.index(buffer), room, vectors, turns, nothing, NORM)
+            mbarrier.arrive(ready.index(buffer), count=1)
         else:
             x, p, vectors, chunk, heads = made
             copy_async(factors.index(stage), vectors + t * wide(heads) * VECTORS + f)
@@ -106,10 +106,7 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
         for group in gl.static_range(GROUPS):
             tile = sV.index(GROUPS * buffer + group)
             copy_tile(v, [row, v_column + 64 * group], full_x.index(buffer), tile)
-        if MAKE:
-            pairs_of(sQ.index(stage), sK.index(stage), sP.index(buffer), vectors, nothing, NORM, 32)
-            mbarrier.arrive(ready.index(buffer), count=1)
-        else:
+        if not MAKE:
             place = (chunk + t * heads) * 64
             copy_tile(x, [place, 0], full_x.index(buffer), sX.index(buffer))
             if OUT:

@@ -238,36 +238,54 @@ def normalise(sQ, sK, vectors):
 
 
 @gluon.jit
-def pairs_of_keys(sK, room, vectors, nothing, NORM: gl.constexpr, WIDTH: gl.constexpr):
-    """-N without decays into its room, so many columns at once."""
-    FINE: gl.constexpr = sK.dtype == gl.float16
+def pairs(sX, sK, WIDTH: gl.constexpr, FIRST: gl.constexpr):
+    """Products of all rows of k and so many of another tile, under way."""
     zero = gl.zeros([64, WIDTH], gl.float32, layout_of(WIDTH))
-    blocks = gl.zeros([64, 16], gl.float32, SLIM)
-    for first in gl.static_range(0, 64, WIDTH):
-        kk = warpgroup_mma(sK, sK.slice(first, WIDTH, dim=0).permute((1, 0)), zero, use_acc=False, is_async=True)
-        N = warpgroup_mma_wait(0, deps=(kk,)) * -columns_of(vectors, OF_K, first, WIDTH)
-        if NORM:
-            N = N * rows_of(vectors, NORM_K, WIDTH)
-        put(N, first, room[0], FINE)
-        blocks += own_blocks(N, first, nothing)
-    put_diagonal(blocks, room, FINE)
+    rows = sX.slice(FIRST, WIDTH, dim=0).permute((1, 0))
+    return warpgroup_mma(sK, rows, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def pairs_of(sQ, sK, sP, vectors, nothing, NORM: gl.constexpr, WIDTH: gl.constexpr):
-    """P without decays into shared memory, fenced, so many queries at once."""
-    dtype: gl.constexpr = sP.dtype
-    FINE: gl.constexpr = dtype == gl.float16
-    zero = gl.zeros([64, WIDTH], gl.float32, layout_of(WIDTH))
-    for first in gl.static_range(0, 64, WIDTH):
-        queries = sQ.slice(first, WIDTH, dim=0).permute((1, 0))
-        kq = warpgroup_mma(sK, queries, zero, use_acc=False, is_async=True)
-        KQ = gl.where(upper(first, WIDTH, nothing), warpgroup_mma_wait(0, deps=(kq,)), 0.0)
-        if NORM or FINE:  # before it is rounded to fp16, which it may be too large or too small for
-            KQ = KQ * columns_of(vectors, OF_Q, first, WIDTH)
-        if NORM and FINE:
-            KQ = KQ * rows_of(vectors, NORM_K, WIDTH)
-        sP.slice(first, WIDTH, dim=0).permute((1, 0)).store(KQ.to(dtype))
+def put_keys(KK, FIRST: gl.constexpr, room, vectors, nothing, NORM: gl.constexpr, FINE: gl.constexpr):
+    """Columns of -N, without decays, into their room; gives its blocks on the diagonal."""
+    WIDTH: gl.constexpr = KK.shape[1]
+    N = KK * -columns_of(vectors, OF_K, FIRST, WIDTH)
+    if NORM:
+        N = N * rows_of(vectors, NORM_K, WIDTH)
+    put(N, FIRST, room[0], FINE)
+    return own_blocks(N, FIRST, nothing)
+
+
+@gluon.jit
+def put_queries(KQ, FIRST: gl.constexpr, sP, vectors, nothing, NORM: gl.constexpr, FINE: gl.constexpr):
+    """Queries of P, without decays."""
+    WIDTH: gl.constexpr = KQ.shape[1]
+    KQ = gl.where(upper(FIRST, WIDTH, nothing), KQ, 0.0)
+    if NORM or FINE:  # before it is rounded to fp16, which it may be too large or too small for
+        KQ = KQ * columns_of(vectors, OF_Q, FIRST, WIDTH)
+    if NORM and FINE:
+        KQ = KQ * rows_of(vectors, NORM_K, WIDTH)
+    sP.slice(FIRST, WIDTH, dim=0).permute((1, 0)).store(KQ.to(sP.dtype))
+
+
+@gluon.jit
+def put_pairs(sQ, sK, sP, room, vectors, turns, nothing, NORM: gl.constexpr):
+    """-N without decays into its room, and P without decays, fenced. There is always a product under way, but while
+    ``turns`` are waited for, with their parities: both rooms are free. It says when N is there.
+    """
+    FINE: gl.constexpr = sK.dtype == gl.float16
+    free, parity, there, free_p, parity_p = turns
+    mbarrier.wait(free, parity)
+    mbarrier.wait(free_p, parity_p)
+    first, second = pairs(sK, sK, 32, 0), pairs(sK, sK, 32, 32)
+    blocks = put_keys(warpgroup_mma_wait(1, deps=(first,)), 0, room, vectors, nothing, NORM, FINE)
+    first = pairs(sQ, sK, 32, 0)
+    blocks += put_keys(warpgroup_mma_wait(1, deps=(second,)), 32, room, vectors, nothing, NORM, FINE)
+    second = pairs(sQ, sK, 32, 32)
+    put_diagonal(blocks, room, FINE)
+    mbarrier.arrive(there, count=1)
+    put_queries(warpgroup_mma_wait(1, deps=(first,)), 0, sP, vectors, nothing, NORM, FINE)
+    put_queries(warpgroup_mma_wait(0, deps=(second,)), 32, sP, vectors, nothing, NORM, FINE)
     fence_async_shared()
 
 
@@ -318,6 +336,7 @@ def prepare(
         return
     length = gl.minimum(end - first, 64).to(gl.int32)
     dtype: gl.constexpr = q.dtype
+    FINE: gl.constexpr = dtype == gl.float16
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], dtype)
     sQ = gl.allocate_shared_memory(dtype, [64, 128], tile)
     sK = gl.allocate_shared_memory(dtype, [64, 128], tile)
@@ -331,15 +350,16 @@ def prepare(
     g += first * g_row + head * g_head
     beta += first * beta_row + head * beta_head
     gates = gates_of(g, beta, length, g_row, beta_row, LOG)
-    store_vectors(gates, scale, own, LOG, NORM or dtype == gl.float16)
+    store_vectors(gates, scale, own, LOG, NORM or FINE)
     mbarrier.wait(landed.index(0), 0)
     if length < 64:
         clear_rows(sK, length)
     if NORM:
         normalise(sQ, sK, own)
-    pairs_of(sQ, sK, sP, own, 0, NORM, 64)
-    room = rooms(dtype == gl.float16)  # where q was
-    pairs_of_keys(sK, room, own, 0, NORM, 64)
+    put_queries(warpgroup_mma_wait(0, deps=(pairs(sQ, sK, 64, 0),)), 0, sP, own, 0, NORM, FINE)
+    room = rooms(FINE)  # where q was
+    put_diagonal(put_keys(warpgroup_mma_wait(0, deps=(pairs(sK, sK, 64, 0),)), 0, room, own, 0, NORM, FINE), room, FINE)
+    fence_async_shared()
     without_state(sK, sP, sK, room, own, None, 0, 0, NORM, 32)
     chunk = place.to(gl.int64) * gl.num_programs(1) + head
     store_tile(x, [narrow(chunk * 64), 0], sK)

@@ -37,7 +37,8 @@ from gated_delta.kernels.gluon.prepare import (
     gates_of,
     narrow,
     normalise,
-    put_pairs,
+    put_keys,
+    put_queries,
     sequence_of,
     slot_of,
     store_vectors,
@@ -57,56 +58,70 @@ def wide(x):
 
 
 @gluon.jit
+def copy_pair(tensors, columns, first, t, tiles, landed, empty, OUT: gl.constexpr):
+    """A chunk's k, and its q if there are outputs, on their way as soon as there is room."""
+    q, k, _ = tensors
+    q_column, k_column, _ = columns
+    sQ, sK, _, _, _, _ = tiles
+    STAGES: gl.constexpr = sK.shape[0]
+    stage, row = t % STAGES, first + t * 64
+    mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
+    mbarrier.expect(landed.index(stage), 2 * 64 * (256 if OUT else 128))
+    copy_tile(k, [row, k_column], landed.index(stage), sK.index(stage))
+    if OUT:
+        copy_tile(q, [row, q_column], landed.index(stage), sQ.index(stage))
+
+
+@gluon.jit
 def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG: gl.constexpr, NORM: gl.constexpr):
     """What chunks need: tiles by the copy engine, which behind the last token of a sequence hold those of the next one,
     except for k where :func:`make` is to have zeros. X, P' and vectors come from memory, or vectors are made.
     """
     tensors, columns, made, first, chunks, length, tiles, signals = what
-    q, k, v = tensors
-    q_column, k_column, v_column = columns
+    _, _, v = tensors
+    _, _, v_column = columns
     sQ, sK, sV, sX, sP, factors = tiles
     full, empty, full_x, empty_x = signals
     STAGES: gl.constexpr = sK.shape[0]
-    landed = full
+    f = FROM_K + gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
     if MAKE:
         g, beta, g_row, beta_row, scale, room, landed, free, ready = made
         gates = gates_of(g, beta, length, g_row, beta_row, LOG)
-    f = FROM_K + gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
+        copy_pair(tensors, columns, first, 0, tiles, landed, empty, True)
     for t in range(chunks):
         stage, buffer = t % STAGES, t % 2
         row, left = first + t * 64, length - t * 64
-        mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
-        there = landed.index(stage)
-        mbarrier.expect(there, 2 * 64 * (256 if OUT else 128))
-        copy_tile(k, [row, k_column], there, sK.index(stage))
-        if OUT:
-            copy_tile(q, [row, q_column], there, sQ.index(stage))
         if MAKE:
             vectors = factors.index(stage)
-            store_vectors(gates, scale, vectors, LOG, NORM or sK.dtype == gl.float16)
+            store_vectors(gates, scale, vectors, LOG, sK.dtype == gl.float16)
             g += g_row * wide(64)
             beta += beta_row * wide(64)
             gates = gates_of(g, beta, left - 64, g_row, beta_row, LOG)  # of the next chunk, ahead of time
-            mbarrier.wait(there, (t // STAGES) & 1)
+            mbarrier.wait(landed.index(stage), (t // STAGES) & 1)
             if left < 64:
                 clear_rows(sK.index(stage), left)
             if NORM:
                 normalise(sQ.index(stage), sK.index(stage), vectors)
-            parity = ((t // 2) & 1) ^ 1
-            turns = (free.index(0), (t & 1) ^ 1, full.index(stage), empty_x.index(buffer), parity)
             nothing = (left <= 0).to(gl.int32)
-            put_pairs(sQ.index(stage), sK.index(stage), sP.index(buffer), room, vectors, turns, nothing, NORM)
-            mbarrier.arrive(ready.index(buffer), count=1)
+            mbarrier.wait(free.index(0), (t & 1) ^ 1)
+            put_keys(sK.index(stage), room, vectors, nothing, NORM)
+            mbarrier.arrive(full.index(stage), count=1)
         else:
+            copy_pair(tensors, columns, first, t, tiles, full, empty, OUT)
             x, p, vectors, chunk, heads = made
             copy_async(factors.index(stage), vectors + t * wide(heads) * VECTORS + f)
-            async_copy.mbarrier_arrive(there, increment_count=False)
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
         mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
         mbarrier.expect(full_x.index(buffer), 2 * 64 * 64 * (GROUPS + (0 if MAKE else 3 if OUT else 2)))
         for group in gl.static_range(GROUPS):
             tile = sV.index(GROUPS * buffer + group)
             copy_tile(v, [row, v_column + 64 * group], full_x.index(buffer), tile)
-        if not MAKE:
+        if MAKE:
+            if left > 64:
+                copy_pair(tensors, columns, first, t + 1, tiles, landed, empty, True)
+            put_queries(sQ.index(stage), sK.index(stage), sP.index(buffer), vectors, nothing, NORM)
+            mbarrier.arrive(ready.index(buffer), count=1)
+        else:
             place = (chunk + t * heads) * 64
             copy_tile(x, [place, 0], full_x.index(buffer), sX.index(buffer))
             if OUT:

@@ -19,7 +19,7 @@ from gated_delta.kernels.triton.launch import Launches, Start, strides
 from gated_delta.library import Prefill, tensors
 
 CHUNK = 64
-REGISTERS = {1: (40,), 2: (232, 40), 3: (168, 112, 64)}
+REGISTERS = {1: (40,), 2: (232, 40), 3: (160, 120, 72)}
 """By groups that compute: of a thread of the second that keeps 64 values, of one that inverts, of one that loads."""
 PREPARE_REGISTERS = {torch.bfloat16: 96, torch.float16: 128}
 """Five programs of :func:`prepare` on a processor; fp16, which takes two parts in more products, has four."""

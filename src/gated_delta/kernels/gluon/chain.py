@@ -58,6 +58,12 @@ def wide(x):
 
 
 @gluon.jit
+def await_room(empty, t, STAGES: gl.constexpr):
+    """For k and q of chunk t, when the chunk STAGES before it is done."""
+    mbarrier.wait(empty.index(t % STAGES), ((t // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
 def copy_pair(tensors, columns, first, t, tiles, landed, empty, OUT: gl.constexpr):
     """A chunk's k, and its q if there are outputs, on their way as soon as there is room."""
     q, k, _ = tensors
@@ -65,7 +71,7 @@ def copy_pair(tensors, columns, first, t, tiles, landed, empty, OUT: gl.constexp
     sQ, sK, _, _, _, _ = tiles
     STAGES: gl.constexpr = sK.shape[0]
     stage, row = t % STAGES, first + t * 64
-    mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
+    await_room(empty, t, STAGES)
     mbarrier.expect(landed.index(stage), 2 * 64 * (256 if OUT else 128))
     copy_tile(k, [row, k_column], landed.index(stage), sK.index(stage))
     if OUT:
@@ -81,7 +87,7 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
     _, _, v = tensors
     _, _, v_column = columns
     sQ, sK, sV, sX, sP, factors = tiles
-    full, empty, full_x, empty_x = signals
+    full, empty, full_x = signals
     STAGES: gl.constexpr = sK.shape[0]
     f = FROM_K + gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
     if MAKE:
@@ -111,16 +117,19 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
             x, p, vectors, chunk, heads = made
             copy_async(factors.index(stage), vectors + t * wide(heads) * VECTORS + f)
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-        mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
+        if STAGES > 2:  # for v, X and P': the chunk 2 before this one is done
+            await_room(empty, t + STAGES - 2, STAGES)
         mbarrier.expect(full_x.index(buffer), 2 * 64 * 64 * (GROUPS + (0 if MAKE else 3 if OUT else 2)))
         for group in gl.static_range(GROUPS):
             tile = sV.index(GROUPS * buffer + group)
             copy_tile(v, [row, v_column + 64 * group], full_x.index(buffer), tile)
         if MAKE:
-            if left > 64:
+            if (left > 64) & (STAGES > 2):
                 copy_pair(tensors, columns, first, t + 1, tiles, landed, empty, True)
             put_queries(sQ.index(stage), sK.index(stage), sP.index(buffer), vectors, nothing, NORM)
             mbarrier.arrive(ready.index(buffer), count=1)
+            if (left > 64) & (STAGES == 2):
+                copy_pair(tensors, columns, first, t + 1, tiles, landed, empty, True)
         else:
             place = (chunk + t * heads) * 64
             copy_tile(x, [place, 0], full_x.index(buffer), sX.index(buffer))
@@ -133,7 +142,7 @@ def make(what, NORM: gl.constexpr):
     """X and P' of all chunks."""
     chunks, length, tiles, signals, room, free, ready = what
     _, sK, _, sX, sP, factors = tiles
-    full, _, full_x, _ = signals
+    full, _, full_x = signals
     STAGES: gl.constexpr = sK.shape[0]
     for t in range(chunks):
         stage, buffer, parity = t % STAGES, t % 2, (t // 2) & 1
@@ -204,20 +213,29 @@ def keep(
     final, kept, output = states
     is_last, before, every, f_line, c_row, c_line, o_row = places
     sQ, sK, sV, sX, sP, factors = tiles
-    full, empty, full_x, empty_x = signals
+    full, empty, full_x = signals
     STAGES: gl.constexpr = sK.shape[0]
     left: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     c: gl.constexpr = gl.SliceLayout(0, ACC)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     dtype: gl.constexpr = sK.dtype
     state = gl.convert_layout(S.to(dtype), left)
+    EARLY: gl.constexpr = OUT and AT_ONCE == 64
+    if EARLY:
+        O = gl.zeros([64, 64], dtype, ACC)
     for t in range(chunks):
         stage, buffer = t % STAGES, t % 2
         mbarrier.wait(full.index(stage), (t // STAGES) & 1)
         ks = warpgroup_mma(state, sK.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if EARLY:
+            qs = warpgroup_mma(state, sQ.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            sO.permute((1, 0)).store(O)
         if OUT:
             store_outputs(output + GROUP * 64, o_row, sO, t - 1, length)
-        KS, state = warpgroup_mma_wait(0, deps=(ks, state))
+        if EARLY:
+            KS = warpgroup_mma_wait(1, deps=(ks,))
+        else:
+            KS, state = warpgroup_mma_wait(0, deps=(ks, state))
         mbarrier.wait(full_x.index(buffer), (t // 2) & 1)
         V = sV.index(GROUPS * buffer + GROUP).permute((1, 0)).load(ACC).to(gl.float32)
         if not OUT:
@@ -228,19 +246,29 @@ def keep(
         Y = gl.convert_layout(Y.to(dtype), left)
         S = S * vector_of(factors, stage, DECAY, gl.SliceLayout(1, WIDE))[:, None]
         s = warpgroup_mma(Y, sX.index(buffer), S, is_async=True)
-        if OUT:
+        if EARLY:
+            factor = vector_of(factors, stage, FROM_Q, c)[None, :]
+            QS, state = warpgroup_mma_wait(1, deps=(qs, state))
+            o = warpgroup_mma(Y, sP.index(buffer).permute((1, 0)), QS * factor, is_async=True)
+            S = warpgroup_mma_wait(1, deps=(s,))
+            state = gl.convert_layout(S.to(dtype), left)
+            o, Y = warpgroup_mma_wait(0, deps=(o, Y))
+            O = o.to(dtype)
+        elif OUT:
             from_q = factors.index(stage).slice(FROM_Q, 64)
             for first in gl.static_range(0, 64, AT_ONCE):
                 outputs_of(state, Y, sQ.index(stage), sP.index(buffer), from_q, sO, first, AT_ONCE)
-        S, Y = warpgroup_mma_wait(0, deps=(s, Y))
+        if not EARLY:
+            S, Y = warpgroup_mma_wait(0, deps=(s, Y))
+            state = gl.convert_layout(S.to(dtype), left)
         mbarrier.arrive(empty.index(stage), count=1)
-        mbarrier.arrive(empty_x.index(buffer), count=1)
-        state = gl.convert_layout(S.to(dtype), left)
         if kept is not None:
             after = before + (t + 1) * 64
             if (after <= before + length) & (after % every == 0):
                 row = (after // every - 1).to(gl.int64)
                 store_state(kept + (row * c_row + GROUP * 64 * wide(c_line)), c_line, S)
+    if EARLY:
+        sO.permute((1, 0)).store(O)
     if OUT:
         store_outputs(output + GROUP * 64, o_row, sO, chunks - 1, length)
     if final is not None:
@@ -383,11 +411,8 @@ def chain(
     output += first * o_row
     chunk = (begin // 64 + sequence + before // 64) * heads + head
     tiles = buffers(q.dtype, GROUPS, STAGES, MAKE)
-    # Arrivals: of vectors, and of tiles where nobody has waited for these; of v, and of X and P'.
-    signals = (
-        barriers(STAGES, 1 if MAKE else 129), barriers(STAGES, GROUPS), barriers(2, 2 if MAKE else 1),
-        barriers(2, GROUPS),
-    )  # fmt: skip
+    # Arrivals: of vectors, and of tiles where nobody has waited for these; of chunks that are done; of v, and of X and P'.
+    signals = (barriers(STAGES, 1 if MAKE else 129), barriers(STAGES, GROUPS), barriers(2, 2 if MAKE else 1))
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype)
     sO = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], square)
     places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)

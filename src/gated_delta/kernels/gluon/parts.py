@@ -50,7 +50,7 @@ def summary(
     chunk = (begin // 64 + sequence + before // 64) * heads + head
     maps += ((place.to(gl.int64) * heads + head) * 2 + gl.program_id(2)) * (128 * 128)
     tiles = buffers(k.dtype, 2, STAGES, False)
-    signals = (barriers(STAGES, 129), barriers(STAGES, 2), barriers(2, 1), barriers(2, 2))
+    signals = (barriers(STAGES, 129), barriers(STAGES, 2), barriers(2, 1))
     chunks = (part + 63) // 64
     rest = ((maps, None, None), (chunks > 0, 0, 64, 128, 0, 0, 0), chunks, part, tiles, signals)
     columns = (0, narrow(head // RK * k_head), narrow(head // RV * v_head))

@@ -1,11 +1,11 @@
 """Inverses of unit triangular matrices of 64, as the chunks of Hopper's prefill need them.
 
-``(I - N)^-1`` with N strictly upper triangular (what it has on and below its diagonal is not looked at). Diagonal blocks
-of 8 are inverted by substitution in fp32, a thread a row, and joined to blocks of 16. What is to their right follows
-from ``T (I - N) = I``, a column of blocks after the other: ``T_j = (I_j + sum over k < j of T_k N_kj) (I - N)_jj^-1``. A
-warp has 16 rows, so all of T that it needs is its own, in registers, and no warp waits for another: these are products
-of warps (mma), not of groups (wgmma). For bf16 activations they are fp16: every entry is at most 2, and 11 bits cost the
-error budget 2 %. For fp16 activations they have two parts.
+``(I - N)^-1`` with N strictly upper triangular (what it has on and below its diagonal is not looked at). Diagonal
+blocks of 8 are inverted by substitution in fp32, a thread a row, and joined to blocks of 16. What is to their right
+follows from ``T (I - N) = I``, a column of blocks after the other: ``T_j = (I_j + sum over k < j of T_k N_kj) (I -
+N)_jj^-1``. A warp has 16 rows, so all of T that it needs is its own, in registers, and no warp waits for another: these
+are products of warps (mma), not of groups (wgmma). For bf16 activations they are fp16: every entry is at most 2, and 11
+bits cost the error budget 2 %. For fp16 activations they have two parts.
 
 What follows from the places of rows and columns gets ``nothing`` added, a 0 that the compiler does not know inside a
 loop: it would compute it before the loop, keep it in memory for want of registers, and wait for it.
@@ -91,7 +91,7 @@ def load(room, SHAPE: gl.constexpr, LAYOUT: gl.constexpr, FINE: gl.constexpr):
 
 @gluon.jit
 def add_product(z, x, y, SHAPE: gl.constexpr, ROW: gl.constexpr, FINE: gl.constexpr):
-    """z and the product of fp16 tensor cores, FINE: of two parts each, of x and 16 rows of y, of this shape."""
+    """Sum of z and the product of x and 16 rows of y, of this shape, in fp16, FINE: of two parts each."""
     left: gl.constexpr = gl.DotOperandLayout(0, z.type.layout, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, z.type.layout, 2)
     high, low = x
@@ -135,8 +135,8 @@ def put(N, room, nothing, FINE: gl.constexpr):
 
 @gluon.jit
 def substitute(N, FINE: gl.constexpr):
-    """``(I - N)^-1`` of blocks of 8, ``[block, row, column]``, from the transpose of N: a thread a row, column by column,
-    so that what was found last enters a sum last, and nothing waits for the rest of it.
+    """``(I - N)^-1`` of blocks of 8, ``[block, row, column]``, from the transpose of N: a thread a row, column by
+    column, so that what was found last enters a sum last, and nothing waits for the rest of it.
     """
     cube: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 8, 1], [4, 1, 1], [2, 1, 0])
     column = axis_of(8, 2, cube)
@@ -153,8 +153,8 @@ def substitute(N, FINE: gl.constexpr):
 
 @gluon.jit
 def joined(eights, between, FINE: gl.constexpr):
-    """Inverses of blocks of 16 below each other: ``[[I - A, -C], [0, I - D]]^-1`` has ``(I - A)^-1 C (I - D)^-1`` in its
-    corner.
+    """Inverses of blocks of 16 below each other: ``[[I - A, -C], [0, I - D]]^-1`` has ``(I - A)^-1 C (I - D)^-1`` in
+    its corner.
     """
     inverses = room_for(8, 8, 8, EIGHTS, FINE)
     write(inverses, substitute(eights, FINE), FINE)
@@ -186,7 +186,7 @@ def inverse(room, nothing, FINE: gl.constexpr):
             for k in gl.static_range(j):
                 sum = add_product(sum, known[k], N, [256, 16], 64 * j + 16 * k, FINE)
             T = add_product(T, halves(sum, FINE), inverses, [64, 16], 16 * j, FINE)
-        columns = columns + (T,)
-        known = known + (halves(T, FINE),)
+        columns = columns + (T,)  # noqa: RUF005 (Triton knows no starred tuples)
+        known = known + (halves(T, FINE),)  # noqa: RUF005
     half: gl.constexpr = layout_of(32)
     return beside(beside(columns[0], columns[1], half), beside(columns[2], columns[3], half), ACC)

@@ -47,6 +47,12 @@ PLACE = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 
 
 @gluon.jit
+def wide(x):
+    """A stride, for products that need 64 bits."""
+    return gl.to_tensor(x).to(gl.int64)
+
+
+@gluon.jit
 def narrow(x):
     """A coordinate for the copy engine."""
     return gl.to_tensor(x).to(gl.int32)

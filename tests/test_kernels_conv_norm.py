@@ -370,13 +370,13 @@ def test_norm(dtype: torch.dtype, activation: str, shape: tuple[int, ...]) -> No
 )  # fmt: skip
 def test_norm_takes_two_strides(orders: tuple[str, str], taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leading dimensions in any order are read in place if two strides reach them."""
-    original, copies = norms.launch, []
+    original, copies = norms.Launches.add, []
 
-    def launch(kernel: Any, grid: Any, args: tuple[Any, ...], *rest: Any, **options: Any) -> None:
+    def add(self: Any, kernel: Any, grid: Any, args: tuple[Any, ...], *rest: Any, **options: Any) -> None:
         copies.extend(args[i].is_contiguous() for i in (0, 3))
-        original(kernel, grid, args, *rest, **options)
+        original(self, kernel, grid, args, *rest, **options)
 
-    monkeypatch.setattr(norms, "launch", launch)
+    monkeypatch.setattr(norms.Launches, "add", add)
     sizes, views = (4, 5, 6), []
     for seed, order in enumerate(orders):
         stored = normal(*(sizes[int(i)] for i in order), 40, seed=seed)

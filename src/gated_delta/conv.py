@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gated_delta import dispatch, library
+from gated_delta import dispatch, library, plans
 from gated_delta.validation import data, operators
 
 
@@ -38,11 +38,10 @@ def causal_conv1d(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.CausalConv1d._make((
-        x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation is not None, null_slot,
-        head_k, None,
-    ))  # fmt: skip
-    return _run(library.causal_conv1d, call, activation, backend)
+    return plans.run(
+        "causal_conv1d", (activation, null_slot, head_k, backend),
+        (x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state), _prefill,
+    )  # fmt: skip
 
 
 def causal_conv1d_update(
@@ -70,16 +69,27 @@ def causal_conv1d_update(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.CausalConv1dUpdate._make((
-        x, conv_states, weight, bias, activation is not None, state_indices, num_accepted_tokens, cu_seqlens,
-        null_slot, None,
-    ))  # fmt: skip
-    return _run(library.causal_conv1d_update, call, activation, backend)
+    return plans.run(
+        "causal_conv1d_update", (activation, null_slot, backend),
+        (x, conv_states, weight, bias, state_indices, num_accepted_tokens, cu_seqlens), _update,
+    )  # fmt: skip
 
 
-def _run(
-    operator: Any, call: library.CausalConv1d | library.CausalConv1dUpdate, activation: str | None, backend: str
-) -> Tensor:
+def _prefill(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, str, Tensor]:
+    activation, null_slot, head_k, backend = options
+    call = library.CausalConv1d._make((*given, activation is not None, null_slot, head_k, None))
+    return _judged(call, activation, backend)
+
+
+def _update(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, str, Tensor]:
+    activation, null_slot, backend = options
+    call = library.CausalConv1dUpdate._make((*given[:4], activation is not None, *given[4:], null_slot, None))
+    return _judged(call, activation, backend)
+
+
+def _judged(
+    call: library.CausalConv1d | library.CausalConv1dUpdate, activation: str | None, backend: str
+) -> tuple[Any, str, Tensor]:
     """What both do with their arguments, as they came in."""
     args = operators.conv(call, activation)
     backend = dispatch.serving(args, call.x, backend)
@@ -89,5 +99,4 @@ def _run(
     call = call._replace(null_slot=library.slot_number(call.null_slot), output=output)
     if data.is_checked():
         data.conv(args.where, call)
-    operator(*call, backend)
-    return output
+    return call, backend, output

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-from gated_delta.kernels.triton.launch import Start, bind, launch, strides
+from gated_delta.kernels.triton.launch import Launches, Start, strides
 from gated_delta.kernels.triton.tokens import tokens
 from gated_delta.kernels.triton.verify import verify
-from gated_delta.library import Recurrent
+from gated_delta.library import Recurrent, tensors
 
 MOST_AT_ONCE = 16
 """Tokens that :func:`verify` takes; calls of more go token by token."""
@@ -87,20 +87,8 @@ def _is_wide(states: Tensor | None) -> bool:
     return states is not None and states.shape[-2] * states.stride(-2) >= 2**31
 
 
-def recurrent(call: Recurrent) -> None:
-    """The operator."""
-    work, warps, _ = _work(call)
-    launch(*work, warps=warps)
-
-
 def bound_recurrent(call: Recurrent) -> Start:
-    """The launch that :func:`recurrent` does, which takes the pointers of its tensors."""
-    work, warps, numbers = _work(call)
-    return bind(*work, warps=warps, bound=numbers)
-
-
-def _work(call: Recurrent) -> tuple[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], int, int]:
-    """What is launched: kernel, grid, arguments, constants; by how many warps; how many arguments are numbers."""
+    launches = Launches(*tensors(call))
     q, k, v, state, a, b, output, snapshots = (*call[:4], call.a, call.b, call.output, call.snapshots)
     read_slots, write_slots, token_slots = call.read_slots, call.write_slots, call.token_slots
     rows, steps, heads, head_v = v.shape
@@ -119,11 +107,11 @@ def _work(call: Recurrent) -> tuple[tuple[Any, tuple[int, ...], tuple[Any, ...],
         "EVICT": "evict_first" if streamed else "",
     }  # fmt: skip
     slots = (read_slots, write_slots, token_slots)
-    tensors = (q, k, v, state, call.A_log, a, call.dt_bias, b, output, *slots, snapshots)
-    numbers = (
-        call.scale, call.null_slot, *strides(read_slots, 0), *strides(write_slots, 0), *strides(token_slots, 0, 1),
-        *strides(q, 0, 1, 2), *strides(k, 0, 1, 2), *strides(v, 0, 1, 2), *strides(a, 0, 1), *strides(b, 0, 1),
-        *strides(output, 0, 1, 2), *strides(state, 0, 1, 2), *strides(snapshots, 0, 1, 2, 3), steps,
+    args = (
+        q, k, v, state, call.A_log, a, call.dt_bias, b, output, *slots, snapshots, call.scale, call.null_slot,
+        *strides(read_slots, 0), *strides(write_slots, 0), *strides(token_slots, 0, 1), *strides(q, 0, 1, 2),
+        *strides(k, 0, 1, 2), *strides(v, 0, 1, 2), *strides(a, 0, 1), *strides(b, 0, 1), *strides(output, 0, 1, 2),
+        *strides(state, 0, 1, 2), *strides(snapshots, 0, 1, 2, 3), steps,
     )  # fmt: skip
-    grid = (-(-head_v // block_v) * heads * rows,)
-    return (kernel, grid, (*tensors, *numbers), constants), tile.warps, len(numbers)
+    launches.add(kernel, (-(-head_v // block_v) * heads * rows,), args, constants, warps=tile.warps)
+    return launches.bound()

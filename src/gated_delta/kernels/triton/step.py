@@ -27,10 +27,10 @@ import torch
 import triton
 import triton.language as tl
 
-from gated_delta.kernels.triton.launch import launch, strides
+from gated_delta.kernels.triton.launch import Launches, Start, strides
 from gated_delta.kernels.triton.recurrent import STREAMED_BYTES
 from gated_delta.kernels.triton.shared import gates, place_in_grid, sigmoid, slot_of
-from gated_delta.library import GatedDeltaNetStep
+from gated_delta.library import GatedDeltaNetStep, tensors
 
 _LINE = 128
 """Bytes of a row that neighbouring lanes share. Fewer lanes a row than a warp has make sums over K cheaper: three
@@ -202,19 +202,19 @@ def step_kernel(
             tl.store(tickets + slot * t_slot + group, 0)
 
 
-def gated_delta_net_step(call: GatedDeltaNetStep) -> None:
+def bound_gated_delta_net_step(call: GatedDeltaNetStep) -> Start | None:
+    launches = Launches(*tensors(call))
     (
         q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, scale, eps, activation,
         allow_neg_eigval, state_indices, cu_seqlens, num_accepted_tokens, tickets, null_slot, output,
     ) = call  # fmt: skip
     rows, (tokens, groups, ratio, head_v), head_k = len(state_indices), v.shape, q.shape[-1]
-    if rows == 0 or tokens == 0:
-        output.zero_()
-        return
+    if rows == 0:
+        return None
     if ratio == 1:
         tickets = None
     elif tickets is None:
-        tickets = torch.zeros(len(conv_states), groups, dtype=torch.int32, device=q.device)
+        tickets = launches.scratch(len(conv_states), groups, dtype=torch.int32, zeros=True)
     keys, values = int(triton.next_power_of_2(head_k)), int(triton.next_power_of_2(head_v))
     segment = min(keys, _LINE // state.element_size())
     warps = 8 if keys * values >= 2**13 else 4
@@ -226,7 +226,7 @@ def gated_delta_net_step(call: GatedDeltaNetStep) -> None:
         "LINE": state.stride(-2), "MOST": 1 if cu_seqlens is None else state_indices.shape[1], "LANES": 32 * warps,
         "EVICT": "evict_first" if streamed else "",
     }  # fmt: skip
-    launch(
+    launches.add(
         step_kernel,
         ((rows + (cu_seqlens is not None)) * groups * ratio,),
         (
@@ -242,3 +242,4 @@ def gated_delta_net_step(call: GatedDeltaNetStep) -> None:
         warps=warps,
         registers=128 if constants["MOST"] == 1 and keys * values <= 2**14 else None,
     )  # fmt: skip
+    return launches.bound()

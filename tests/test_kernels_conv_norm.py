@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gated_delta as gd
-from gated_delta.kernels import cpu
+from gated_delta import library
 from gated_delta.library import CausalConv1dUpdate as Update
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
@@ -282,10 +282,11 @@ def test_update_of_equal_rows_needs_no_starts(tokens: int) -> None:
     x = whole(5, 4, D + 4)[:, 1 : 1 + tokens, 2:-2]
     x, weight, outputs = x[:, 0] if tokens == 1 else x, whole(D, 4, seed=1), []
     states = pool(5, 3).copy_(whole(5, D, 3, seed=2))
-    for module, device, cu in ((cpu, "cpu", starts([tokens] * 5)), (kernels, DEVICE, None)):
+    for backend, device, cu in (("cpu", "cpu", starts([tokens] * 5)), ("triton", DEVICE, None)):
         given, after = copied(x if cu is None else x.reshape(-1, D), device), copied(states, device)
         y = torch.empty(given.shape, device=device)
-        module.causal_conv1d_update(Update(given, after, weight.to(device), None, False, None, None, cu, -1, y))
+        update = Update(given, after, weight.to(device), None, False, None, None, cu, -1, y)
+        library.run("causal_conv1d_update", update, backend)
         outputs.append((y.view(x.shape).cpu(), memory(after).cpu()))
     assert torch.equal(outputs[1][0], outputs[0][0])
     assert same_bits(outputs[1][1], outputs[0][1])

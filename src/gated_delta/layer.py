@@ -51,20 +51,19 @@ class Projected:
     @property
     def heads(self) -> Heads:
         c = self.config
-        values = (c.ratio, c.head_v_dim)
-        if c.projection == "interleaved":
-            qkvz, ba = (x.unflatten(1, (c.num_k_heads, -1)) for x in self.outputs)
-            wide = c.ratio * c.head_v_dim
-            q, k, v, z = qkvz.split((c.head_k_dim, c.head_k_dim, wide, wide), dim=-1)
-            return Heads(q, k, v.unflatten(-1, values), z.unflatten(-1, values), *ba.split(c.ratio, dim=-1))
+        keys, wide = (-1, c.num_k_heads, c.head_k_dim), c.ratio * c.head_v_dim
+        values, gates = (-1, c.num_k_heads, c.ratio, c.head_v_dim), (-1, c.num_k_heads, c.ratio)
         joined = self.outputs
+        if c.projection == "interleaved":
+            sizes = 2 * c.head_k_dim + 2 * wide, 2 * c.ratio
+            qkvz, ba = (x.view(-1, c.num_k_heads, size) for x, size in zip(joined, sizes, strict=True))
+            q, k, v, z = qkvz.split_with_sizes((c.head_k_dim, c.head_k_dim, wide, wide), -1)
+            return Heads(q, k, v.view(values), z.view(values), *ba.split_with_sizes((c.ratio, c.ratio), -1))
         if c.projection == "merged":
             joined = (*joined[0].split((c.conv_dim, c.value_dim), dim=-1), *joined[1].split(c.num_v_heads, dim=-1))
         qkv, z, b, a = joined
-        q, k, v = qkv.split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
-        keys, gates = (c.num_k_heads, c.head_k_dim), (c.num_k_heads, c.ratio)
-        v, z = (x.unflatten(-1, (c.num_k_heads, *values)) for x in (v, z))
-        return Heads(q.unflatten(-1, keys), k.unflatten(-1, keys), v, z, b.unflatten(-1, gates), a.unflatten(-1, gates))
+        q, k, v = qkv.split_with_sizes((c.key_dim, c.key_dim, c.value_dim), -1)
+        return Heads(q.view(keys), k.view(keys), v.view(values), z.view(values), b.view(gates), a.view(gates))
 
     @property
     def mixed(self) -> tuple[Tensor, int]:
@@ -146,11 +145,11 @@ class GatedDeltaNetAttention(nn.Module):
         return y
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[..., conv_dim]`` -> q and k ``[..., Hk, K]``, v ``[..., HV, V]``, all views."""
+        """``[L, conv_dim]`` -> q and k ``[L, Hk, K]``, v ``[L, HV, V]``, all views."""
         c = self.config
-        q, k, v = qkv.split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
-        heads = (c.num_k_heads, c.head_k_dim)
-        return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, (c.num_v_heads, c.head_v_dim))
+        q, k, v = qkv.split_with_sizes((c.key_dim, c.key_dim, c.value_dim), -1)
+        heads = (-1, c.num_k_heads, c.head_k_dim)
+        return q.view(heads), k.view(heads), v.view(-1, c.num_v_heads, c.head_v_dim)
 
     def forward(self, hidden: Tensor, batch: GatedDeltaNetBatch, state: LayerState) -> Tensor:
         """One step: hidden ``[tokens, hidden]`` -> ``[tokens, hidden]``, states updated in place.
@@ -255,7 +254,7 @@ class GatedDeltaNetAttention(nn.Module):
     def _step(self, p: Projected, state: LayerState, output: Tensor, **rows: Any) -> None:
         c = self.config
         gated_delta_net_step(
-            *p.heads, state.conv, self.conv1d.weight[:, 0], state.recurrent, self.A_log, self.dt_bias,
+            *p.heads, state.conv, self.conv1d.weight.squeeze(1), state.recurrent, self.A_log, self.dt_bias,
             self.norm.weight, eps=c.norm_eps, activation=c.output_gate, allow_neg_eigval=c.allow_neg_eigval,
             tickets=state.tickets, null_slot=state.null_slot, output=output, **rows,
         )  # fmt: skip
@@ -272,7 +271,7 @@ class GatedDeltaNetAttention(nn.Module):
         }
         x, head_k = p.mixed
         g, beta = gates(self.A_log, heads.a, self.dt_bias, heads.b, allow_neg_eigval=c.allow_neg_eigval)
-        x = causal_conv1d(x, self.conv1d.weight[:, 0], conv_states=state.conv, head_k=head_k, **rows)
+        x = causal_conv1d(x, self.conv1d.weight.squeeze(1), conv_states=state.conv, head_k=head_k, **rows)
         core = self._rule(*self.split_heads(x), g, beta, state.recurrent, **rows)
         core, output = (y.view_as(heads.z) for y in (core, output))  # z grouped as it stands: flattened, it is a copy
         rms_norm_gated(core, heads.z, self.norm.weight, c.norm_eps, c.output_gate, output=output)

@@ -60,7 +60,7 @@ def bound_rms_norm_gated(call: RmsNormGated) -> Start | None:
     together = max(1, _ELEMENTS // block)
     launches.add(
         _norm_kernel,
-        (-(-rows // together),),
+        (-(-rows // together) if size else 0,),
         (x, x_outer, x_inner, z, z_outer, z_inner, weight, output, eps, rows, inner, size),
         {"BV": block, "BR": together, "SILU": activation != "sigmoid"},
         warps=4,

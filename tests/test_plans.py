@@ -19,7 +19,7 @@ from helpers import DEVICE, assert_recurrent, nans, same_bits
 
 
 class RecurrentCall(NamedTuple):
-    """What :func:`gated_delta.decode._run` takes, by name."""
+    """What :func:`gated_delta.decode._recurrent` takes, by name."""
 
     where: str
     state_name: str
@@ -92,7 +92,11 @@ def kept(call: RecurrentCall) -> Launch:
 
 def run(call: RecurrentCall) -> Tensor | None:
     """Run a call for which there is a plan, else None."""
-    return None if plans.find(*split(call)) is None else decode._run(tuple(call))
+    return (
+        None
+        if plans.find(*split(call)) is None
+        else plans.run("recurrent", call[:9], tuple(call[9:]), decode._recurrent)
+    )
 
 
 def pointers(call: RecurrentCall, output: Tensor) -> tuple[int | None, ...]:

@@ -1,5 +1,6 @@
 """Causal depthwise convolution with carried state: packed prefill, and the update for decode and speculation."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,28 +76,19 @@ def causal_conv1d_update(
     )  # fmt: skip
 
 
-def _prefill(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, str, Tensor]:
-    activation, null_slot, head_k, backend = options
-    call = library.CausalConv1d._make((*given, activation is not None, null_slot, head_k, None))
-    return _judged(call, activation, backend)
-
-
-def _update(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, str, Tensor]:
-    activation, null_slot, backend = options
-    call = library.CausalConv1dUpdate._make((*given[:4], activation is not None, *given[4:], null_slot, None))
-    return _judged(call, activation, backend)
-
-
-def _judged(
-    call: library.CausalConv1d | library.CausalConv1dUpdate, activation: str | None, backend: str
-) -> tuple[Any, str, Tensor]:
-    """What both do with their arguments, as they came in."""
+def _judged(record: Any, options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, str, Tensor]:
+    """What both do with their arguments, in the order of their ``record``."""
+    (activation, *rest, backend), at = options, record._fields.index("activate")
+    call = record._make((*given[:at], activation is not None, *given[at:], *rest, None))
     args = operators.conv(call, activation)
     backend = dispatch.serving(args, call.x, backend)
     output = torch.empty_like(call.x, memory_format=torch.contiguous_format)
-    if isinstance(call, library.CausalConv1d):
+    if record is library.CausalConv1d:
         output = output.flatten(1)
     call = call._replace(null_slot=library.slot_number(call.null_slot), output=output)
     if data.is_checked():
         data.conv(args.where, call)
     return call, backend, output
+
+
+_prefill, _update = partial(_judged, library.CausalConv1d), partial(_judged, library.CausalConv1dUpdate)

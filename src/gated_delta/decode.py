@@ -35,11 +35,11 @@ def gated_delta_rule_decode(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = (
-        "gated_delta_rule_decode", "state", scale, use_qk_l2norm, allow_neg_eigval, backend, True, None, False,
-        q, k, v, state, A_log, a, dt_bias, b, output, None, None, None, None,
-    )  # fmt: skip
-    return _run(call), state
+    options, given = (
+        ("gated_delta_rule_decode", "state", scale, use_qk_l2norm, allow_neg_eigval, backend, True, None, False),
+        (q, k, v, state, A_log, a, dt_bias, b, output, None, None, None, None),
+    )
+    return plans.run("recurrent", options, given, _recurrent), state
 
 
 def gated_delta_rule_decode_pretranspose(
@@ -71,12 +71,13 @@ def gated_delta_rule_decode_pretranspose(
     """
     operators.flag("gated_delta_rule_decode_pretranspose", "disable_state_update", disable_state_update)
     states = operators.pool_choice(state, initial_state, initial_state_indices)
-    call = (
-        "gated_delta_rule_decode_pretranspose", "initial_state" if state is None else "state", scale, use_qk_l2norm,
-        allow_neg_eigval, backend, not disable_state_update, null_slot, True, q, k, v, states, A_log, a, dt_bias, b,
-        output, initial_state_indices, output_state_indices, None, intermediate_states_buffer,
+    options, given = (
+        ("gated_delta_rule_decode_pretranspose", "initial_state" if state is None else "state", scale, use_qk_l2norm,
+         allow_neg_eigval, backend, not disable_state_update, null_slot, True),
+        (q, k, v, states, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices, None,
+         intermediate_states_buffer),
     )  # fmt: skip
-    return _run(call), states
+    return plans.run("recurrent", options, given, _recurrent), states
 
 
 def gated_delta_rule_mtp(
@@ -107,20 +108,17 @@ def gated_delta_rule_mtp(
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         disable_state_update = True
     operators.flag("gated_delta_rule_mtp", "disable_state_update", disable_state_update)
-    call = (
-        "gated_delta_rule_mtp", "initial_state", scale, use_qk_l2norm, allow_neg_eigval, backend,
-        not disable_state_update, null_slot, True, q, k, v, initial_state, A_log, a, dt_bias, b, output,
-        initial_state_indices, output_state_indices, ssm_state_indices, intermediate_states_buffer,
+    options, given = (
+        ("gated_delta_rule_mtp", "initial_state", scale, use_qk_l2norm, allow_neg_eigval, backend,
+         not disable_state_update, null_slot, True),
+        (q, k, v, initial_state, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices,
+         ssm_state_indices, intermediate_states_buffer),
     )  # fmt: skip
-    return _run(call), initial_state
-
-
-def _run(fields: tuple[Any, ...]) -> Tensor:
-    """What every recurrent operator does: its names, options and tensors, in the order in which they are taken here."""
-    return plans.run("recurrent", fields[:9], fields[9:], _recurrent)
+    return plans.run("recurrent", options, given, _recurrent), initial_state
 
 
 def _recurrent(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[library.Recurrent, str, Tensor]:
+    """The call of every recurrent operator, judged: its names, options and tensors in the order in which they come."""
     where, state_name, scale, use_qk_l2norm, allow_neg_eigval, backend, update, null_slot, state_v_first = options
     q, k, v, state, A_log, a, dt_bias, b, output, read_slots, write_slots, token_slots, snapshots = given
     call = library.Recurrent._make((

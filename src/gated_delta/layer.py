@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gated_delta import reference
+from gated_delta import plans, reference
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d
@@ -180,25 +180,31 @@ class GatedDeltaNetAttention(nn.Module):
 
     def _judge(self, hidden: Tensor, batch: GatedDeltaNetBatch, state: LayerState) -> None:
         """What would otherwise be found when a part of the states has been written."""
-        args = Arguments("GatedDeltaNetAttention")
-        args.tensor("hidden", hidden, f"L {self.config.hidden_size}", FLOATS)
-        if len(hidden) < batch.num_actual_tokens:
-            must = f"of at least num_actual_tokens={batch.num_actual_tokens} tokens"
-            raise ShapeError(args.where, "hidden", f"of {len(hidden)} tokens", must)
+        slots, actual = batch.spec_state_indices, batch.num_actual_tokens
+        columns = 0 if slots is None or not batch.num_spec_decodes else slots.shape[1]
+        given = hidden, state.conv, state.recurrent
+        plans.judged(("layer", self.config, actual, columns), given, lambda: self._tensors(*given, actual, columns))
         if not torch.compiler.is_compiling() and self._probed != id(self.out_proj):
             self._apply_to("out_proj", hidden.new_zeros(1, self.config.value_dim), self.config.hidden_size)
             self._probed = id(self.out_proj)
-        c = self.config
-        for name, size in (("D", c.conv_dim), ("HV", c.num_v_heads), ("V", c.head_v_dim), ("K", c.head_k_dim)):
-            args.bind(name, size, "the layer's config")
-        args.tensor("state.conv", state.conv, "P D C", FLOATS, any_stride=True, written=True)
-        args.tensor("state.recurrent", state.recurrent, "P HV V K", FLOATS, written=True)
-        most = args.sizes["C"] - c.conv_width + 2
-        if batch.num_spec_decodes and batch.spec_state_indices is not None and batch.spec_state_indices.shape[1] > most:
-            was, must = f"of {batch.spec_state_indices.shape[1]} columns", f"of at most {most}, as state.conv allows"
-            raise ShapeError(args.where, "spec_state_indices", was, must)
         if data.is_checked():
             data.batch_slots(batch, state)
+
+    def _tensors(self, hidden: Tensor, conv: Tensor, recurrent: Tensor, actual: int, columns: int) -> None:
+        """Judge those of a step with so many tokens, and columns of slots."""
+        args, c = Arguments("GatedDeltaNetAttention"), self.config
+        args.tensor("hidden", hidden, f"L {c.hidden_size}", FLOATS)
+        if len(hidden) < actual:
+            must = f"of at least num_actual_tokens={actual} tokens"
+            raise ShapeError(args.where, "hidden", f"of {len(hidden)} tokens", must)
+        for name, size in (("D", c.conv_dim), ("HV", c.num_v_heads), ("V", c.head_v_dim), ("K", c.head_k_dim)):
+            args.bind(name, size, "the layer's config")
+        args.tensor("state.conv", conv, "P D C", FLOATS, any_stride=True, written=True)
+        args.tensor("state.recurrent", recurrent, "P HV V K", FLOATS, written=True)
+        most = args.sizes["C"] - c.conv_width + 2
+        if columns > most:
+            must = f"of at most {most}, as state.conv allows"
+            raise ShapeError(args.where, "spec_state_indices", f"of {columns} columns", must)
 
     @torch.no_grad()
     def warmup(self, state: LayerState, *, max_batch: int = 256) -> None:
@@ -239,7 +245,9 @@ class GatedDeltaNetAttention(nn.Module):
         """Decodes, then prefills, each with the operator made for it; ``output`` is ``[tokens, HV, V]``."""
         assert batch.non_spec_state_indices is not None
         decodes, rest = slice(0, batch.num_decodes), slice(batch.num_decodes, None)
-        if batch.num_decodes:
+        if batch.num_decodes == len(output) and not batch.num_prefills:
+            self._step(p, state, output, state_indices=batch.non_spec_state_indices)
+        elif batch.num_decodes:
             self._step(p.of(decodes), state, output[decodes], state_indices=batch.non_spec_state_indices[decodes])
         if batch.num_prefills:
             self._prefill(p.of(rest), batch, state, output[rest])

@@ -242,14 +242,14 @@ def _constants(weight: Tensor, activate: bool, channels: int) -> dict[str, Any]:
     return {"W": width, "BD": block, "FLAT": flat, "ACTIVATE": activate}
 
 
-def bound_causal_conv1d(call: CausalConv1d) -> Start | None:
+def bound_causal_conv1d(call: CausalConv1d) -> Start:
     launches = Launches(*tensors(call))
     x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activate, null_slot, head_k, output = (
         call
     )
     rows, (tokens, channels) = len(cu_seqlens) - 1, output.shape
-    if rows == 0:  # the kernel looks for rows
-        return None
+    if rows == 0:  # the kernel looks up a row of padding, too
+        state_indices = None
     constants = _constants(weight, activate, _VECTORS // x.element_size())
     blocks: Any = triton.cdiv(channels, constants["BD"])
     span = _MASK

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,19 +107,16 @@ def _start(
     return start
 
 
-class _Base(NamedTuple):
+class _Base(int):
     """What Triton reads the address of a descriptor from."""
 
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
+    data_ptr = int.__int__
 
 
 def at(look: TensorDescriptor, base: Any) -> TensorDescriptor:
     """A descriptor of other memory that looks alike. (To make one anew is to have it judged anew.)"""
     other = object.__new__(TensorDescriptor)
-    other.__dict__.update(look.__dict__, base=base)
+    other.__dict__ = {**look.__dict__, "base": base}
     return other
 
 

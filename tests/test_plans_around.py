@@ -225,3 +225,25 @@ def test_a_layer_judges_its_tensors_once() -> None:
             assert same_bits(state.recurrent, before)
         with pytest.raises(ShapeError, match="hidden"):
             layer(normal(1, 31), batch, state)
+
+
+@pytest.mark.parametrize("rows", [[Row(1, 1), Row(1, 2)], [Row(3, 1, fresh=True), Row(2, 2)], [Row(1, 1), Row(2, 2)]])
+def test_a_step_of_a_layer_like_an_earlier_one_is_not_judged(
+    rows: list[Row], judged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any layer of a pool that lies like the first. (Tickets of three slots would not all be aligned alike.)"""
+    monkeypatch.setattr(dispatch, "choose", lambda *_: "triton")
+    config = GatedDeltaNetConfig(hidden_size=32, num_k_heads=1, num_v_heads=2, head_k_dim=32, head_v_dim=32)
+    torch.manual_seed(0)
+    layer, pool = GatedDeltaNetAttention(config).to(DEVICE), StatePool(config, layers=3, slots=4, device=DEVICE)
+    batch = GatedDeltaNetBatch.build(rows, device=DEVICE)
+    hidden = normal(batch.num_actual_tokens, 32).to(DEVICE)
+    with torch.no_grad():
+        outputs = [layer(hidden, batch, pool.layer(0))]
+        first = judged.copy()
+        outputs += [layer(hidden, batch, pool.layer(i)) for i in (1, 2)]
+    assert first
+    assert judged == first
+    assert all(same_bits(y, outputs[0]) for y in outputs)
+    for i in (1, 2):
+        assert all(same_bits(x, y) for x, y in zip(pool.layer(i)[:2], pool.layer(0)[:2], strict=True))

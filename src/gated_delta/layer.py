@@ -243,14 +243,15 @@ class GatedDeltaNetAttention(nn.Module):
 
     def _plain_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         """Decodes, then prefills, each with the operator made for it; ``output`` is ``[tokens, HV, V]``."""
-        assert batch.non_spec_state_indices is not None
-        decodes, rest = slice(0, batch.num_decodes), slice(batch.num_decodes, None)
-        if batch.num_decodes == len(output) and not batch.num_prefills:
-            self._step(p, state, output, state_indices=batch.non_spec_state_indices)
-        elif batch.num_decodes:
-            self._step(p.of(decodes), state, output[decodes], state_indices=batch.non_spec_state_indices[decodes])
+        count, slots = batch.num_decodes, batch.non_spec_state_indices
+        assert slots is not None
+        if count == len(output) and not batch.num_prefills:  # without views of what is whole
+            self._step(p, state, output, state_indices=slots)
+        elif count:
+            self._step(p.of(slice(count)), state, output[:count], state_indices=slots[:count])
         if batch.num_prefills:
-            self._prefill(p.of(rest), batch, state, output[rest])
+            p, output = (p.of(slice(count, None)), output[count:]) if count else (p, output)
+            self._prefill(p, batch, state, output)
 
     def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         """Speculative rows, ragged and packed."""
@@ -268,15 +269,14 @@ class GatedDeltaNetAttention(nn.Module):
         )  # fmt: skip
 
     def _prefill(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
-        assert batch.non_spec_query_start_loc is not None and batch.non_spec_state_indices is not None
-        c, heads, own = self.config, p.heads, slice(batch.num_decodes, None)
-        starts = batch.non_spec_query_start_loc[own]
+        starts, slots, has = batch.non_spec_query_start_loc, batch.non_spec_state_indices, batch.has_initial_state
+        assert starts is not None and slots is not None
+        c, heads, first = self.config, p.heads, batch.num_decodes
+        if first:
+            starts, slots, has = starts[first:] - first, slots[first:], None if has is None else has[first:]
         rows: dict[str, Any] = {
-            "cu_seqlens": starts - batch.num_decodes if batch.num_decodes else starts,
-            "state_indices": batch.non_spec_state_indices[own],
-            "has_initial_state": None if batch.has_initial_state is None else batch.has_initial_state[own],
-            "null_slot": state.null_slot,
-        }
+            "cu_seqlens": starts, "state_indices": slots, "has_initial_state": has, "null_slot": state.null_slot,
+        }  # fmt: skip
         x, head_k = p.mixed
         g, beta = gates(self.A_log, heads.a, self.dt_bias, heads.b, allow_neg_eigval=c.allow_neg_eigval)
         x = causal_conv1d(x, self.conv1d.weight.squeeze(1), conv_states=state.conv, head_k=head_k, **rows)

@@ -36,7 +36,8 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 BF16, FP16, FP32, INT = torch.bfloat16, torch.float16, torch.float32, torch.int32
 LAUNCHES: Any = import_module("gated_delta.kernels.triton.launch")
 OPERATORS: Any = import_module("gated_delta.kernels.triton")
-PREFILLS, HOPPERS = (import_module(f"gated_delta.kernels.{name}.prefill") for name in ("triton", "gluon"))
+PREFILLS: Any = import_module("gated_delta.kernels.triton.prefill")
+HOPPERS: Any = import_module("gated_delta.kernels.gluon.prefill")
 
 
 class Launch(NamedTuple):

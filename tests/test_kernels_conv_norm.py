@@ -284,10 +284,9 @@ def test_update_of_equal_rows_needs_no_starts(tokens: int) -> None:
     states = pool(5, 3).copy_(whole(5, D, 3, seed=2))
     for backend, device, cu in (("cpu", "cpu", starts([tokens] * 5)), ("triton", DEVICE, None)):
         given, after = copied(x if cu is None else x.reshape(-1, D), device), copied(states, device)
-        y = torch.empty(given.shape, device=device)
-        update = Update(given, after, weight.to(device), None, False, None, None, cu, -1, y)
-        library.run("causal_conv1d_update", update, backend)
-        outputs.append((y.view(x.shape).cpu(), memory(after).cpu()))
+        call = Update(given, after, weight.to(device), None, False, None, None, cu, -1, given.new_empty(given.shape))
+        library.run("causal_conv1d_update", call, backend)
+        outputs.append((call.output.view(x.shape).cpu(), memory(after).cpu()))
     assert torch.equal(outputs[1][0], outputs[0][0])
     assert same_bits(outputs[1][1], outputs[0][1])
 
@@ -373,9 +372,9 @@ def test_norm_takes_two_strides(orders: tuple[str, str], taken: bool, monkeypatc
     """Leading dimensions in any order are read in place if two strides reach them."""
     original, copies = norms.Launches.add, []
 
-    def add(self: Any, kernel: Any, grid: Any, args: tuple[Any, ...], *rest: Any, **options: Any) -> None:
-        copies.extend(args[i].is_contiguous() for i in (0, 3))
-        original(self, kernel, grid, args, *rest, **options)
+    def add(self: Any, *given: Any, **options: Any) -> None:
+        copies.extend(given[2][i].is_contiguous() for i in (0, 3))
+        original(self, *given, **options)
 
     monkeypatch.setattr(norms.Launches, "add", add)
     sizes, views = (4, 5, 6), []

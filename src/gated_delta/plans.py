@@ -1,7 +1,7 @@
-"""Plans: a call of the rule like one that was judged before goes straight to its launches.
+"""Plans: a call like one that was judged before goes straight to its launches.
 
 Judging a call and finding its kernels costs several times what a decode step takes on the GPU. Its result depends on
-the options and on what the tensors look like, never on what they hold, so it is kept: options and the shape of q find
+the options and on what the tensors look like, never on what they hold, so it is kept: options and a first shape find
 the plans, and a plan's guards (dtype, device, sizes, strides, whether a gradient is wanted) say whether it fits.
 """
 
@@ -36,13 +36,13 @@ Plans = dict[tuple[Any, ...], list[Plan]]
 
 _PLANS: Plans = {}
 
-Judge = Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, str, Any]]
-"""Takes options and tensors; gives the call as a record of :mod:`gated_delta.library`, the backend that serves it, and
-what the operator returns."""
 
-
-def run(operator: str, options: tuple[Any, ...], given: tuple[Any, ...], judge: Judge) -> Any:
-    """What an operator gives for these options and tensors. Errors are not kept."""
+def run(
+    operator: str, options: tuple[Any, ...], given: tuple[Any, ...], judge: Callable[..., tuple[Any, str, Any]]
+) -> Any:
+    """What an operator gives for these options and tensors. Of both ``judge`` makes its record, the name of the backend
+    that serves it, and what is returned; its errors are not kept.
+    """
     options = (operator, *options)
     found = find(options, given)
     if found is not None:

@@ -5,9 +5,9 @@ from gated_delta.kernels.triton.gates import bound_gates
 from gated_delta.kernels.triton.norm import bound_rms_norm_gated, rms_norm_gated
 from gated_delta.kernels.triton.prefill import bound_prefill
 from gated_delta.kernels.triton.recurrent import bound_recurrent
-from gated_delta.kernels.triton.step import bound_gated_delta_net_step, gated_delta_net_step
+from gated_delta.kernels.triton.step import bound_gated_delta_net_step
 
 __all__ = [
     "bound_causal_conv1d", "bound_causal_conv1d_update", "bound_gated_delta_net_step", "bound_gates", "bound_prefill",
-    "bound_recurrent", "bound_rms_norm_gated", "gated_delta_net_step", "rms_norm_gated",
+    "bound_recurrent", "bound_rms_norm_gated", "rms_norm_gated",
 ]  # fmt: skip

@@ -98,11 +98,10 @@ def _start(
         for i, tile in tiles:
             args[i] = at(tile, _Base(given[i]))
         stream, enter, leave = current_stream(device), runtime.launch_enter_hook, runtime.launch_exit_hook
-        if not enter.calls and not leave.calls:  # nobody profiles
-            run(*grid, stream, function, packed, None, None, None, *args)
-            return
-        metadata = compiled.launch_metadata(grid, stream, *args)
-        run(*grid, stream, function, packed, metadata, enter, leave, *args)
+        hooks = None, None, None
+        if enter.calls or leave.calls:  # somebody profiles
+            hooks = compiled.launch_metadata(grid, stream, *args), enter, leave
+        run(*grid, stream, function, packed, *hooks, *args)
 
     return start
 
@@ -121,8 +120,8 @@ def at(look: TensorDescriptor, base: Any) -> TensorDescriptor:
 
 
 class Launches:
-    """The kernels that a call starts, one after the other, bound to what its tensors look like: :meth:`bound` takes the
-    addresses of those ``given``, in their order. Other tensors that a kernel takes have to stay where they are.
+    """The kernels that a call starts, one after the other, bound to what its tensors look like: what :meth:`bound`
+    gives takes the addresses of those ``given``, in their order. Other tensors have to stay where they are.
     """
 
     def __init__(self, *given: Tensor | None) -> None:

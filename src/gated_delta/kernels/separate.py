@@ -39,8 +39,7 @@ def composed(backend: str, call: GatedDeltaNetStep) -> None:
     )  # fmt: skip
     run("recurrent", rule, backend)
     core, gate = core[row, step % slots.shape[1]], call.z.flatten(1, 2)
-    norm = RmsNormGated(core, gate, call.norm_weight, call.eps, call.activation, output)
-    run("rms_norm_gated", norm, backend)
+    run("rms_norm_gated", RmsNormGated(core, gate, call.norm_weight, call.eps, call.activation, output), backend)
     output.masked_fill_(~live[:, None, None], 0.0)
 
 

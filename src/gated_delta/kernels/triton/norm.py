@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gated_delta.kernels.triton.launch import Launches, Start
+from gated_delta.kernels.triton.launch import Launches, Start, power_of_2
 from gated_delta.kernels.triton.shared import sigmoid
 from gated_delta.library import RmsNormGated, run, tensors
 
@@ -56,7 +56,7 @@ def bound_rms_norm_gated(call: RmsNormGated) -> Start | None:
         return None
     (outer, x_outer, z_outer), (inner, x_inner, z_inner) = [*dims, (1, 0, 0), (1, 0, 0)][:2]
     rows, size = outer * inner, x.shape[-1]
-    block = int(triton.next_power_of_2(max(1, size)))
+    block = power_of_2(max(1, size))
     together = max(1, _ELEMENTS // block)
     launches.add(
         _norm_kernel,

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gated_delta.kernels.triton.launch import Launches, Start, strides
+from gated_delta.kernels.triton.launch import Launches, Start, power_of_2, strides
 from gated_delta.kernels.triton.recurrent import STREAMED_BYTES
 from gated_delta.kernels.triton.shared import gates, place_in_grid, sigmoid, slot_of
 from gated_delta.library import GatedDeltaNetStep, tensors
@@ -217,13 +217,13 @@ def bound_gated_delta_net_step(call: GatedDeltaNetStep) -> Start:
         tickets = None
     elif tickets is None:
         tickets = launches.scratch(len(conv_states), groups, dtype=torch.int32, zeros=True)
-    keys, values = int(triton.next_power_of_2(head_k)), int(triton.next_power_of_2(head_v))
+    keys, values = power_of_2(head_k), power_of_2(head_v)
     segment = min(keys, _LINE // state.element_size())
     warps = 8 if keys * values >= 2**13 else 4
     streamed = rows * groups * ratio * head_v * head_k * state.element_size() <= STREAMED_BYTES
     constants: dict[str, Any] = {
         "HK": groups, "R": ratio, "K": head_k, "V": head_v, "W": conv_weight.shape[1],
-        "WB": triton.next_power_of_2(conv_weight.shape[1]), "BLOCKS": keys // segment,
+        "WB": power_of_2(conv_weight.shape[1]), "BLOCKS": keys // segment,
         "SEGMENT": segment, "BV": values, "NEG_EIGVAL": allow_neg_eigval, "SILU": activation != "sigmoid",
         "LINE": state.stride(-2), "MOST": most, "LANES": 32 * warps, "EVICT": "evict_first" if streamed else "",
     }  # fmt: skip

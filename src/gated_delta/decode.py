@@ -3,7 +3,6 @@
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gated_delta import dispatch, library, plans, reference
@@ -36,11 +35,11 @@ def gated_delta_rule_decode(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = (
-        "gated_delta_rule_decode", scale, use_qk_l2norm, allow_neg_eigval, backend, True, None, False,
-        q, k, v, state, A_log, a, dt_bias, b, output, None, None, None, None,
-    )  # fmt: skip
-    return _run(call, single=True), state
+    options, given = (
+        ("gated_delta_rule_decode", "state", scale, use_qk_l2norm, allow_neg_eigval, backend, True, None, False),
+        (q, k, v, state, A_log, a, dt_bias, b, output, None, None, None, None),
+    )
+    return plans.run("recurrent", options, given, _recurrent), state
 
 
 def gated_delta_rule_decode_pretranspose(
@@ -72,12 +71,13 @@ def gated_delta_rule_decode_pretranspose(
     """
     operators.flag("gated_delta_rule_decode_pretranspose", "disable_state_update", disable_state_update)
     states = operators.pool_choice(state, initial_state, initial_state_indices)
-    call = (
-        "gated_delta_rule_decode_pretranspose", scale, use_qk_l2norm, allow_neg_eigval, backend,
-        not disable_state_update, null_slot, True, q, k, v, states, A_log, a, dt_bias, b, output,
-        initial_state_indices, output_state_indices, None, intermediate_states_buffer,
+    options, given = (
+        ("gated_delta_rule_decode_pretranspose", "initial_state" if state is None else "state", scale, use_qk_l2norm,
+         allow_neg_eigval, backend, not disable_state_update, null_slot, True),
+        (q, k, v, states, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices, None,
+         intermediate_states_buffer),
     )  # fmt: skip
-    return _run(call, state_name="initial_state" if state is None else "state"), states
+    return plans.run("recurrent", options, given, _recurrent), states
 
 
 def gated_delta_rule_mtp(
@@ -108,30 +108,24 @@ def gated_delta_rule_mtp(
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         disable_state_update = True
     operators.flag("gated_delta_rule_mtp", "disable_state_update", disable_state_update)
-    call = (
-        "gated_delta_rule_mtp", scale, use_qk_l2norm, allow_neg_eigval, backend, not disable_state_update, null_slot,
-        True, q, k, v, initial_state, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices,
-        ssm_state_indices, intermediate_states_buffer,
+    options, given = (
+        ("gated_delta_rule_mtp", "initial_state", scale, use_qk_l2norm, allow_neg_eigval, backend,
+         not disable_state_update, null_slot, True),
+        (q, k, v, initial_state, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices,
+         ssm_state_indices, intermediate_states_buffer),
     )  # fmt: skip
-    return _run(call, state_name="initial_state"), initial_state
+    return plans.run("recurrent", options, given, _recurrent), initial_state
 
 
-def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = False) -> Tensor:
-    """What every recurrent operator does: its name, options and tensors, in the order in which they are taken here."""
-    options, given = fields[:8], fields[8:]
-    found = plans.find(options, given)
-    if found is not None:
-        start, (*before, output, read, write, token, snapshots) = found
-        into = torch.empty_like(given[2], memory_format=torch.contiguous_format) if output is None else given[8]
-        start(*before, library.address(into), read, write, token, snapshots)
-        return into
-    (where, scale, use_qk_l2norm, allow_neg_eigval, backend, update, null_slot, state_v_first, q, k, v, state, A_log, a,
-     dt_bias, b, output, read_slots, write_slots, token_slots, snapshots) = fields  # fmt: skip
+def _recurrent(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[library.Recurrent, str, Tensor]:
+    """The call of every recurrent operator, judged: its names, options and tensors in the order in which they come."""
+    where, state_name, scale, use_qk_l2norm, allow_neg_eigval, backend, update, null_slot, state_v_first = options
+    q, k, v, state, A_log, a, dt_bias, b, output, read_slots, write_slots, token_slots, snapshots = given
     call = library.Recurrent._make((
         q, k, v, state, state_v_first, A_log, a, dt_bias, b, scale, use_qk_l2norm, allow_neg_eigval,
         read_slots, null_slot, update, write_slots, token_slots, snapshots, output, output is None,
     ))  # fmt: skip
-    args = operators.recurrent(where, call, state_name=state_name, single=single)
+    args = operators.recurrent(where, call, state_name=state_name, single=where == "gated_delta_rule_decode")
     backend = dispatch.serving(args, q, backend)
     call = call._replace(
         scale=reference.resolve_scale(scale, args.sizes["K"]),
@@ -141,7 +135,4 @@ def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = F
     )
     if data.is_checked():
         data.recurrent(where, call)
-    library.recurrent(*call, backend)
-    if q.is_cuda and plans.keeps(given):
-        plans.keep(options, given, library.bound("recurrent", call, backend))
-    return call.output
+    return call, backend, call.output

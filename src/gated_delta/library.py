@@ -214,6 +214,15 @@ def bound(operator: str, call: Any, backend: str) -> Any:
     return None if bind is None else bind(call)
 
 
+def run(operator: str, call: Any, backend: str) -> None:
+    """The operator itself, by a backend."""
+    start = bound(operator, call, backend)
+    if start is None:
+        _implementation(operator, backend)(call)
+    else:
+        start(*map(address, tensors(call)))
+
+
 def _schema(record: Any) -> str:
     """The arguments as torch writes them, a letter for each written tensor; notes what is asked of tensors."""
     letters, arguments, tensors = iter("abcd"), [], []
@@ -230,16 +239,8 @@ def _schema(record: Any) -> str:
 
 
 def _register(operator: str, record: Any) -> Any:
-    def run(*args: Any) -> None:
-        call, backend = record._make(args[:-1]), args[-1]
-        implementation = _implementation(operator, backend)
-        if implementation is None:  # what is bound is all that there is
-            bound(operator, call, backend)(*map(address, tensors(call)))
-        else:
-            implementation(call)
-
     _LIBRARY.define(f"{operator}({_schema(record)}, str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(operator, lambda *args: run(operator, record._make(args[:-1]), args[-1]), "CompositeExplicitAutograd")
     register_fake(f"gated_delta::{operator}", lambda *args: None, lib=_LIBRARY)
     return getattr(torch.ops.gated_delta, operator).default
 

@@ -106,7 +106,8 @@ class GatedDeltaNetBatch:
             if needed:
                 args.tensor(name, getattr(self, name), shape, INDICES, any_stride=True)
         if rows:
-            args.optional("has_initial_state", self.has_initial_state, "rows", (torch.bool,), any_stride=True)
+            known = self.has_initial_state
+            args.tensor("has_initial_state", known, "rows", (torch.bool,), optional=True, any_stride=True)
 
     @property
     def num_row_tokens(self) -> int:

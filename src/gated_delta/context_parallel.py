@@ -66,7 +66,7 @@ def context_parallel_gated_delta_rule(
         args.tensor(name, x, spec, FLOATS)
     length, head_k, heads = len(q), k.shape[2], max(q.shape[1], v.shape[1], 1)
     args.bind("HS", heads, "max(HQ, HV)")
-    args.optional("initial_state", initial_state, "1 HS V K", FLOATS)
+    args.tensor("initial_state", initial_state, "1 HS V K", FLOATS, optional=True)
     output = q.new_empty(length, heads, v.shape[2]) if output is None else output
     pieces = max(min(FILLED // heads, length // LEAST), 1) if own.rank else 1
     size = CHUNK * max(-(-length // (CHUNK * pieces)), 1)

@@ -110,10 +110,9 @@ class Extended(NamedTuple):
 def extend(x: Tensor, history: Tensor, cu_seqlens: Tensor) -> Extended:
     """Put ``history [N, W-1, D]`` in front of the sequences packed in ``x [L, D]``."""
     count, width, _ = history.shape
-    offsets = torch.arange(count + 1, device=x.device) * width
-    starts = cu_seqlens.to(torch.int64) + offsets
-    position = torch.arange(x.shape[0], device=x.device)
-    tokens = position + offsets[torch.searchsorted(cu_seqlens.to(torch.int64).contiguous(), position, right=True)]
+    starts = cu_seqlens.long() + torch.arange(count + 1, device=x.device) * width
+    position, inner = torch.arange(x.shape[0], device=x.device), cu_seqlens[1:-1].long().contiguous()
+    tokens = position + width * (1 + torch.searchsorted(inner, position, right=True))
     rows = x.new_zeros(x.shape[0] + count * width, x.shape[1], dtype=history.dtype)
     past = starts[:-1, None] + torch.arange(width, device=x.device)
     rows = rows.index_copy(0, past.flatten(), history.flatten(0, 1))

@@ -7,6 +7,9 @@
 Every error is an ``ArgumentError``, which names the argument, what it is and what it must be.
 """
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,11 +32,7 @@ def chunk_gated_delta_rule(
     dt_bias: Tensor | None = None, chunk_size: int = 64, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None; cu_seqlens_cpu, chunk_indices, chunk_size change no result."""
-    args = arguments("fla.chunk_gated_delta_rule", locals())
-    return _rule(
-        args, False, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
-    )  # fmt: skip
+    return _rule("fla.chunk_gated_delta_rule", locals())
 
 
 def fused_recurrent_gated_delta_rule(
@@ -45,68 +44,60 @@ def fused_recurrent_gated_delta_rule(
     *, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None."""
-    args = arguments("fla.fused_recurrent_gated_delta_rule", locals())
-    return _rule(
-        args, True, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
-    )  # fmt: skip
+    return _rule("fla.fused_recurrent_gated_delta_rule", locals())
 
 
-def _check(
-    args: Arguments, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    cu_seqlens: Tensor | None, initial_state: Tensor | None, v_first: bool,
-) -> None:  # fmt: skip
+def _check(args: Arguments, x: Any) -> None:
     """Shapes, which our operators would name by their own words."""
-    for name, value, heads in (("q", q, "H K"), ("k", k, "H K"), ("v", v, "HV V")):
-        args.tensor(name, value, f"B T {heads}", FLOATS, any_stride=True)
-    for name, value in (("g", g), ("beta", beta)):
-        args.optional(name, value, "B T HV", FLOATS, any_stride=True)
-    if cu_seqlens is not None and q.shape[0] != 1:
-        raise ShapeError(args.where, "q", f"of {q.shape[0]} rows", "of 1 row, which cu_seqlens cuts into sequences")
-    args.optional("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    states = f"{'B' if cu_seqlens is None else 'N'} HV {'V K' if v_first else 'K V'}"
-    args.optional("initial_state", initial_state, states, FLOATS, any_stride=True)
-
-
-def _rule(
-    args: Arguments, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    scale: float | None, state: Tensor | None, keep: bool, l2norm: bool, raw_gate: bool, A_log: Tensor | None,
-    dt_bias: Tensor | None, raw_beta: bool, doubled: bool, v_first: bool, cu_seqlens: Tensor | None,
-) -> Result:  # fmt: skip
-    """Both functions: raw gates of equal sequences may go to a recurrent operator, the rest to the chunked one."""
-    _check(args, q, k, v, g, beta, cu_seqlens, state, v_first)
-    if doubled and not raw_beta:
+    states = f"{'B' if x.cu_seqlens is None else 'N'} HV {'V K' if x.state_v_first else 'K V'}"
+    for name, spec in (("q", "B T H K"), ("k", "B T H K"), ("v", "B T HV V")):
+        args.tensor(name, getattr(x, name), spec, FLOATS, any_stride=True)
+    if x.cu_seqlens is not None and len(x.q) != 1:
+        raise ShapeError(args.where, "q", f"of {len(x.q)} rows", "of 1 row, which cu_seqlens cuts into sequences")
+    args.tensor("cu_seqlens", x.cu_seqlens, "N+1", INDICES, optional=True, any_stride=True)
+    for name, spec in (("g", "B T HV"), ("beta", "B T HV"), ("initial_state", states)):
+        args.tensor(name, getattr(x, name), spec, FLOATS, optional=True, any_stride=True)
+    if x.allow_neg_eigval and not x.use_beta_sigmoid_in_kernel:
         must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
         raise OptionError(args.where, "allow_neg_eigval", True, must)
-    batch, tokens, heads, head_v = v.shape
-    states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, head_v, q.shape[-1])
-    state = state if state is None or v_first else state.mT
-    if raw_gate:
-        for name, value in (("g", g), ("A_log", A_log)):
-            args.needed(name, value is not None, "use_gate_in_kernel makes the decay from it")
-        assert g is not None and A_log is not None
-        A_log, dt_bias = A_log.float(), torch.zeros_like(A_log) if dt_bias is None else dt_bias
-        if recurrent and raw_beta and beta is not None and cu_seqlens is None and tokens:
-            final = v.new_zeros(states, dtype=torch.float32)
+    for name in ("g", "A_log") if x.use_gate_in_kernel else ():
+        args.needed(name, getattr(x, name) is not None, "use_gate_in_kernel makes the decay from it")
+
+
+def _rule(where: str, given: dict[str, Any]) -> Result:
+    """Both functions, by their parameters: raw gates of equal sequences may go to a recurrent operator, the rest to the
+    chunked one.
+    """
+    args, x = arguments(where, given), SimpleNamespace(**given)
+    _check(args, x)
+    g, beta, cu_seqlens, (batch, tokens, heads, head_v) = x.g, x.beta, x.cu_seqlens, x.v.shape
+    states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, head_v, x.q.shape[-1])
+    state = x.initial_state if x.initial_state is None or x.state_v_first else x.initial_state.mT
+    raw_beta = x.use_beta_sigmoid_in_kernel and beta is not None
+    if x.use_gate_in_kernel:
+        A_log, dt_bias = x.A_log.float(), torch.zeros_like(x.A_log) if x.dt_bias is None else x.dt_bias
+        if "recurrent" in where and raw_beta and cu_seqlens is None and tokens:
+            final = x.v.new_zeros(states, dtype=torch.float32)
             if state is not None:
                 final.copy_(state)  # the operator writes its states
+            q, k, v, a, b = (packed(y[None]) for y in (x.q, x.k, x.v, x.g, x.beta))
             output, _ = gated_delta.gated_delta_rule_decode_pretranspose(
-                packed(q[None]), packed(k[None]), packed(v[None]), final, A_log, packed(g[None]), dt_bias,
-                packed(beta[None]), scale, use_qk_l2norm=l2norm, allow_neg_eigval=doubled,
+                q, k, v, final, A_log, a, dt_bias, b, x.scale, use_qk_l2norm=x.use_qk_l2norm_in_kernel,
+                allow_neg_eigval=x.allow_neg_eigval,
             )  # fmt: skip
-            return output, (final if v_first else final.mT) if keep else None
+            return output, (final if x.state_v_first else final.mT) if x.output_final_state else None
         g = reference.decay(A_log, g, dt_bias)
-    if raw_beta and beta is not None:
-        beta = reference.write_strength(beta, allow_neg_eigval=doubled)
-    final = v.new_empty(states, dtype=torch.float32) if keep else None
+    if raw_beta:
+        beta = reference.write_strength(x.beta, allow_neg_eigval=x.allow_neg_eigval)
+    final = x.v.new_empty(states, dtype=torch.float32) if x.output_final_state else None
     output = gated_delta.chunk_gated_delta_rule(
-        packed(q), packed(k), packed(v), None if g is None else packed(g).float(),
-        None if beta is None else packed(beta).float(), scale, None if state is None else packed(state[None]),
-        cu_seqlens=equal_lengths(batch, tokens, q.device) if cu_seqlens is None else cu_seqlens,
-        use_qk_l2norm_in_kernel=l2norm, output_state=final, g_space="linear" if raw_gate else "log",
+        packed(x.q), packed(x.k), packed(x.v), None if g is None else packed(g).float(),
+        None if beta is None else packed(beta).float(), x.scale, None if state is None else packed(state[None]),
+        cu_seqlens=equal_lengths(batch, tokens, x.q.device) if cu_seqlens is None else cu_seqlens, output_state=final,
+        use_qk_l2norm_in_kernel=x.use_qk_l2norm_in_kernel, g_space="linear" if x.use_gate_in_kernel else "log",
     )  # fmt: skip
     assert isinstance(output, Tensor)
-    return output.unflatten(0, (batch, tokens)), final if final is None or v_first else final.mT
+    return output.unflatten(0, (batch, tokens)), final if final is None or x.state_v_first else final.mT
 
 
 def causal_conv1d(
@@ -126,19 +117,16 @@ def causal_conv1d(
     rows = packed(x.flatten(2))
     cu_seqlens = equal_lengths(x.shape[0], x.shape[1], x.device) if cu_seqlens is None else cu_seqlens
     args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    args.optional("initial_state", initial_state, "N D W", FLOATS, any_stride=True)
+    args.tensor("initial_state", initial_state, "N D W", FLOATS, optional=True, any_stride=True)
     states, (dim, width) = initial_state, weight.shape
     states = rows.new_zeros(len(cu_seqlens) - 1, dim, width) if states is None else states
     y = conv.convolved(rows[None], weight, bias, states[..., 1:].clone(), activation, cu_seqlens).view(x.shape)
     y = y if residual is None else y + residual
     if not output_final_state:
         return y, None
-    # Of the last W inputs of a sequence, those before its first token are the end of its state.
-    last = cu_seqlens[1:, None] + torch.arange(-width, 0, device=x.device)
-    inside = last - cu_seqlens[:-1, None]
-    ends = len(rows) + width * torch.arange(1, len(cu_seqlens), device=x.device)[:, None]
-    known = torch.cat((rows, states.mT.flatten(0, 1).to(rows.dtype)))
-    return y, known[torch.where(inside >= 0, last, ends + inside)].mT
+    extended = reference.extend(rows, states.mT.to(rows.dtype), cu_seqlens)
+    last = extended.starts[1:, None] + torch.arange(-width, 0, device=x.device)
+    return y, extended.rows[last].mT
 
 
 def causal_conv1d_update(

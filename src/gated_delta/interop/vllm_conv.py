@@ -47,7 +47,7 @@ def causal_conv1d_update(
     args = arguments("vllm.causal_conv1d_update", locals())
     spec = "N D T" if x.dim() == 3 else "N D" if query_start_loc is None else "L D"
     args.tensor("x", x, spec, FLOATS, any_stride=True)
-    args.optional("out", out, spec, (x.dtype,), any_stride=True, written=True)
+    args.tensor("out", out, spec, (x.dtype,), optional=True, any_stride=True, written=True)
     y = gated_delta.causal_conv1d_update(
         (x.mT if x.dim() == 3 else x).contiguous(), conv_state, weight, bias,
         activation="silu" if activation is True else activation or None, state_indices=conv_state_indices,

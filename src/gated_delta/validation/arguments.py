@@ -34,10 +34,12 @@ class Arguments:
         self._device: tuple[str, torch.device] | None = None
 
     def tensor(
-        self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], *, any_stride: bool = False,
-        written: bool = False, whole: bool = False,
+        self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], *, optional: bool = False,
+        any_stride: bool = False, written: bool = False, whole: bool = False,
     ) -> None:  # fmt: skip
-        """Check one required tensor: its type, rank and sizes, dtype, device, gradient and strides."""
+        """Check one tensor: its type, rank and sizes, dtype, device, gradient and strides; None passes if optional."""
+        if optional and value is None:
+            return
         for word, names in self.meant.items():
             spec = spec.replace(word, names)
         if not isinstance(value, Tensor):
@@ -71,11 +73,6 @@ class Arguments:
             self.sizes[symbol] = size
             self.bound_by[symbol] = name
         return self.sizes[symbol] == size
-
-    def optional(self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], **options: bool) -> None:
-        """Check a tensor that may be left out; ``options`` are those of :meth:`tensor`."""
-        if value is not None:
-            self.tensor(name, value, spec, dtypes, **options)
 
     def number(self, name: str, value: Any, *, least: float = -LARGEST) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool):

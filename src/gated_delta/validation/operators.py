@@ -203,10 +203,10 @@ def step(call: GatedDeltaNetStep) -> Arguments:
 def _tensors(args: Arguments, call: Any, tensors: Iterable[tuple[str, bool, library.Asked]], **names: str) -> None:
     """What is asked of these tensors of a call; ``names`` are those of arguments in this call."""
     for field, optional, (shape, dtypes, name, any_stride, written, whole) in tensors:
-        value = getattr(call, field)
-        if value is not None or not optional:
-            argument = names.get(field, name or field)
-            args.tensor(argument, value, shape, dtypes, any_stride=any_stride, written=written, whole=whole)
+        args.tensor(
+            names.get(field, name or field), getattr(call, field), shape, dtypes, optional=optional,
+            any_stride=any_stride, written=written, whole=whole,
+        )  # fmt: skip
 
 
 def _qkv(args: Arguments, call: Prefill | Recurrent | GatedDeltaNetStep) -> None:

@@ -137,10 +137,8 @@ class GatedDeltaNetBatch:
             return torch.tensor(values, dtype=dtype, device=device)
 
         index: dict[bool, list[int]] = {False: [], True: []}
-        position = 0
-        for row in rows:
-            index[isinstance(row, SpecRow)] += range(position, position + row.tokens)
-            position += row.tokens
+        for row, end in zip(rows, accumulate(row.tokens for row in rows), strict=True):
+            index[isinstance(row, SpecRow)] += range(end - row.tokens, end)
         padded = [[*row.slots, *[-1] * (num_spec + 1 - len(row.slots))] for row in spec]
         return cls(
             num_prefills=len(plain) - decodes,
@@ -149,7 +147,7 @@ class GatedDeltaNetBatch:
             num_decode_tokens=decodes,
             num_spec_decodes=len(spec),
             num_spec_decode_tokens=len(index[True]),
-            num_actual_tokens=position,
+            num_actual_tokens=len(index[False]) + len(index[True]),
             has_initial_state=tensor([not row.fresh for row in plain], torch.bool),
             non_spec_query_start_loc=tensor([*accumulate((row.tokens for row in plain), initial=0)]),
             non_spec_state_indices=tensor([row.slot for row in plain]),

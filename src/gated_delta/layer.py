@@ -115,7 +115,8 @@ class GatedDeltaNetAttention(nn.Module):
             setattr(self, name, nn.Linear(hidden, size, bias=False))
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_width, groups=c.conv_dim, bias=False)
         self.A_log = nn.Parameter(torch.empty(gates).uniform_(1, 16).log())
-        self.dt_bias = nn.Parameter(_inverse_softplus(torch.empty(gates).uniform_(1e-3, 1e-1)))
+        steps = torch.empty(gates).uniform_(1e-3, 1e-1)
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # its softplus is those steps
         self.norm = nn.RMSNorm(c.head_v_dim, eps=c.norm_eps)  # for its weight: rms_norm_gated gates, too
         self.out_proj = nn.Linear(c.value_dim, hidden, bias=False)
         self._probed = 0
@@ -163,16 +164,12 @@ class GatedDeltaNetAttention(nn.Module):
         c, like = self.config, p.outputs[0]
         make = like.new_empty if batch.num_row_tokens == actual else like.new_zeros
         normed = make(actual, c.num_v_heads, c.head_v_dim)
-        if batch.num_spec_decodes == 0:
-            self._plain_rows(p, batch, state, normed)
-        elif batch.num_prefills == 0:
-            self._spec_rows(p, batch, state, normed)
+        plain, spec = self._plain_rows, self._spec_rows
+        if batch.num_spec_decodes == 0 or batch.num_prefills == 0:
+            (spec if batch.num_spec_decodes else plain)(p, batch, state, normed)
         else:
-            assert batch.spec_token_index is not None and batch.non_spec_token_index is not None
-            for run, tokens in (
-                (self._spec_rows, batch.spec_token_index),
-                (self._plain_rows, batch.non_spec_token_index),
-            ):
+            for run, tokens in ((spec, batch.spec_token_index), (plain, batch.non_spec_token_index)):
+                assert tokens is not None
                 part = normed.new_empty(len(tokens), *normed.shape[1:])
                 run(p.of(tokens), batch, state, part)
                 normed[tokens] = part
@@ -313,7 +310,3 @@ class GatedDeltaNetAttention(nn.Module):
         z = heads.z.flatten(1, 2)
         normed = reference.rms_norm_gated(output, z, self.norm.weight, c.norm_eps, c.output_gate, dtype=dtype)
         return self.parallel.total(self.out_proj(normed.flatten(1).to(hidden.dtype))).unflatten(0, (batch, length))
-
-
-def _inverse_softplus(x: Tensor) -> Tensor:
-    return x + torch.log(-torch.expm1(-x))

@@ -149,9 +149,7 @@ def _cases(s: _Shapes) -> list[Callable[[], object]]:
     """Every call that is made, slowest to compile first, so that processes share the work evenly."""
     cases: list[Callable[[], object]] = [
         partial(_prefill, s, length, pooled=pooled, known=known)
-        for length in (200, 16)
-        for pooled in (False, True)
-        for known in (False, True)
+        for length, pooled, known in product((200, 16), (False, True), (False, True))
     ]
     if s.backend("chunk_gated_delta_rule") == "gluon":  # what it launches follows from its plan alone
         from gated_delta.kernels.gluon.prefill import PLANS, planned  # noqa: PLC0415 (it imports Triton)

@@ -74,7 +74,9 @@ class Arguments:
             self.bound_by[symbol] = name
         return self.sizes[symbol] == size
 
-    def number(self, name: str, value: Any, *, least: float = -LARGEST) -> None:
+    def number(self, name: str, value: Any, *, least: float = -LARGEST, optional: bool = False) -> None:
+        if optional and value is None:
+            return
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise DtypeError(self.where, name, f"a {type(value).__name__}", "a number")
         if not -LARGEST <= value <= LARGEST:
@@ -85,10 +87,6 @@ class Arguments:
     def flag(self, name: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise DtypeError(self.where, name, f"a {type(value).__name__}", "True or False")
-
-    def scale(self, value: Any) -> None:
-        if value is not None:
-            self.number("scale", value)
 
     def whole(self, name: str, value: Any, *, least: int) -> None:
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):

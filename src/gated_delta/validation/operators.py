@@ -36,7 +36,7 @@ def prefill(
     _tensors(args, call, library.TENSORS[type(call)][3:])
     args.flag("output_final_state", output_final_state)
     args.flag("use_qk_l2norm_in_kernel", call.use_qk_l2norm)
-    args.scale(call.scale)
+    args.number("scale", call.scale, optional=True)
     args.word("g_space", g_space, ("linear", "log"), _G_SPACE)
     args.word("deterministic", deterministic, (None, "batch_invariant"))
     if max_seqlen is not None:
@@ -74,7 +74,7 @@ def recurrent(where: str, call: Recurrent, *, state_name: str = "state", single:
     if h == 0 or hv == 0 or hv % h:
         raise ShapeError(where, "v", f"of {hv} heads", f"of a multiple of the {h} heads of q and k")
     _tensors(args, call, library.TENSORS[type(call)][3:], state=state_name)
-    args.scale(call.scale)
+    args.number("scale", call.scale, optional=True)
     args.flag("use_qk_l2norm", call.use_qk_l2norm)
     args.flag("allow_neg_eigval", call.allow_neg_eigval)
     _null_slot(args, call.null_slot, pooled, "initial_state_indices")
@@ -124,11 +124,8 @@ def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arg
     Arguments(where).whole("head_k", head_k, least=0)
     inputs, tokens = "L H C" if head_k else "L D", "L" if ragged else rows
     args = Arguments(where, INPUTS=inputs, TOKENS=tokens, ROWS="P" if pooled else "N")
-    named: dict[str, Tensor | None] = {"state_indices": call.state_indices}
     if update:
         args.needed("conv_states", call.conv_states is not None, "an update reads and writes it")
-    else:
-        named["has_initial_state"] = call.has_initial_state
     # x and cu_seqlens say how many rows there are.
     tensors = sorted(library.TENSORS[type(call)], key=lambda tensor: tensor[0] not in ("x", "cu_seqlens"))
     _tensors(args, call, tensors[:1])
@@ -144,8 +141,8 @@ def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arg
         raise ShapeError(where, "conv_states", f"of {columns} columns", must)
     args.word("activation", activation, ("silu", "swish", None))
     _null_slot(args, call.null_slot, pooled, "state_indices")
-    for name, value in named.items():
-        if value is not None:
+    for name in ("state_indices", "has_initial_state"):
+        if getattr(call, name, None) is not None:
             args.needed("conv_states", call.conv_states is not None, f"{name} speaks of its rows")
     most = columns - width + 2
     if update and call.num_accepted_tokens is not None and not ragged and args.sizes.get("T", 1) > most:
@@ -194,7 +191,7 @@ def step(call: GatedDeltaNetStep) -> Arguments:
         raise ShapeError(args.where, "state_indices", f"of {columns} columns", must)
     args.number("eps", call.eps, least=0)
     args.word("activation", call.activation, ("silu", "swish", "sigmoid"))
-    args.scale(call.scale)
+    args.number("scale", call.scale, optional=True)
     args.flag("allow_neg_eigval", call.allow_neg_eigval)
     _null_slot(args, call.null_slot, True, "state_indices")
     return args

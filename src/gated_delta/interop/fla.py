@@ -7,7 +7,6 @@
 Every error is an ``ArgumentError``, which names the argument, what it is and what it must be.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,9 +17,15 @@ from gated_delta import reference
 from gated_delta.errors import OptionError, ShapeError
 from gated_delta.interop import arguments, conv
 from gated_delta.interop.conv import equal_lengths, packed
-from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
+from gated_delta.validation.arguments import FLOATS, INDICES
 
 Result = tuple[Tensor, Tensor | None]
+TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias")
+OPTIONS = (
+    "scale", "output_final_state", "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel",
+    "allow_neg_eigval", "state_v_first",
+)  # fmt: skip
+"""What both forms of the rule take; other parameters change no result."""
 
 
 def chunk_gated_delta_rule(
@@ -47,57 +52,48 @@ def fused_recurrent_gated_delta_rule(
     return _rule("fla.fused_recurrent_gated_delta_rule", locals())
 
 
-def _check(args: Arguments, x: Any) -> None:
-    """Shapes, which our operators would name by their own words."""
-    states = f"{'B' if x.cu_seqlens is None else 'N'} HV {'V K' if x.state_v_first else 'K V'}"
-    for name, spec in (("q", "B T H K"), ("k", "B T H K"), ("v", "B T HV V")):
-        args.tensor(name, getattr(x, name), spec, FLOATS, any_stride=True)
-    if x.cu_seqlens is not None and len(x.q) != 1:
-        raise ShapeError(args.where, "q", f"of {len(x.q)} rows", "of 1 row, which cu_seqlens cuts into sequences")
-    args.tensor("cu_seqlens", x.cu_seqlens, "N+1", INDICES, optional=True, any_stride=True)
-    for name, spec in (("g", "B T HV"), ("beta", "B T HV"), ("initial_state", states)):
-        args.tensor(name, getattr(x, name), spec, FLOATS, optional=True, any_stride=True)
-    if x.allow_neg_eigval and not x.use_beta_sigmoid_in_kernel:
-        must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
-        raise OptionError(args.where, "allow_neg_eigval", True, must)
-    for name in ("g", "A_log") if x.use_gate_in_kernel else ():
-        args.needed(name, getattr(x, name) is not None, "use_gate_in_kernel makes the decay from it")
-
-
 def _rule(where: str, given: dict[str, Any]) -> Result:
     """Both functions, by their parameters: raw gates of equal sequences may go to a recurrent operator, the rest to the
     chunked one.
     """
-    args, x = arguments(where, given), SimpleNamespace(**given)
-    _check(args, x)
-    g, beta, cu_seqlens, (batch, tokens, heads, head_v) = x.g, x.beta, x.cu_seqlens, x.v.shape
-    states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, head_v, x.q.shape[-1])
-    state = x.initial_state if x.initial_state is None or x.state_v_first else x.initial_state.mT
-    raw_beta = x.use_beta_sigmoid_in_kernel and beta is not None
-    if x.use_gate_in_kernel:
-        A_log, dt_bias = x.A_log.float(), torch.zeros_like(x.A_log) if x.dt_bias is None else x.dt_bias
-        if "recurrent" in where and raw_beta and cu_seqlens is None and tokens:
-            final = x.v.new_zeros(states, dtype=torch.float32)
+    q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias = (given[name] for name in TENSORS)
+    scale, keep, l2norm, raw_gate, raw_beta, doubled, v_first = (given[name] for name in OPTIONS)
+    shapes = {"q": "B T H K", "k": "B T H K", "v": "B T HV V", "g": "?B T HV", "beta": "?B T HV", "cu_seqlens": "?N+1"}
+    shapes["initial_state"] = f"?{'B' if cu_seqlens is None else 'N'} HV {'V K' if v_first else 'K V'}"
+    args = arguments(where, given, shapes)
+    if cu_seqlens is not None and len(q) != 1:
+        raise ShapeError(where, "q", f"of {len(q)} rows", "of 1 row, which cu_seqlens cuts into sequences")
+    if doubled and not raw_beta:
+        must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
+        raise OptionError(where, "allow_neg_eigval", True, must)
+    for name in ("g", "A_log") if raw_gate else ():
+        args.needed(name, given[name] is not None, "use_gate_in_kernel makes the decay from it")
+    batch, tokens, heads, head_v = v.shape
+    states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, head_v, q.shape[-1])
+    state = state if state is None or v_first else state.mT
+    if raw_gate:
+        A_log, dt_bias = A_log.float(), torch.zeros_like(A_log) if dt_bias is None else dt_bias
+        if "recurrent" in where and raw_beta and beta is not None and cu_seqlens is None and tokens:
+            final = v.new_zeros(states, dtype=torch.float32)
             if state is not None:
                 final.copy_(state)  # the operator writes its states
-            q, k, v, a, b = (packed(y[None]) for y in (x.q, x.k, x.v, x.g, x.beta))
+            q, k, v, a, b = (packed(y[None]) for y in (q, k, v, g, beta))
             output, _ = gated_delta.gated_delta_rule_decode_pretranspose(
-                q, k, v, final, A_log, a, dt_bias, b, x.scale, use_qk_l2norm=x.use_qk_l2norm_in_kernel,
-                allow_neg_eigval=x.allow_neg_eigval,
-            )  # fmt: skip
-            return output, (final if x.state_v_first else final.mT) if x.output_final_state else None
+                q, k, v, final, A_log, a, dt_bias, b, scale, use_qk_l2norm=l2norm, allow_neg_eigval=doubled
+            )
+            return output, (final if v_first else final.mT) if keep else None
         g = reference.decay(A_log, g, dt_bias)
-    if raw_beta:
-        beta = reference.write_strength(x.beta, allow_neg_eigval=x.allow_neg_eigval)
-    final = x.v.new_empty(states, dtype=torch.float32) if x.output_final_state else None
+    if raw_beta and beta is not None:
+        beta = reference.write_strength(beta, allow_neg_eigval=doubled)
+    final = v.new_empty(states, dtype=torch.float32) if keep else None
     output = gated_delta.chunk_gated_delta_rule(
-        packed(x.q), packed(x.k), packed(x.v), None if g is None else packed(g).float(),
-        None if beta is None else packed(beta).float(), x.scale, None if state is None else packed(state[None]),
-        cu_seqlens=equal_lengths(batch, tokens, x.q.device) if cu_seqlens is None else cu_seqlens, output_state=final,
-        use_qk_l2norm_in_kernel=x.use_qk_l2norm_in_kernel, g_space="linear" if x.use_gate_in_kernel else "log",
+        packed(q), packed(k), packed(v), None if g is None else packed(g).float(),
+        None if beta is None else packed(beta).float(), scale, None if state is None else packed(state[None]),
+        cu_seqlens=equal_lengths(batch, tokens, q.device) if cu_seqlens is None else cu_seqlens,
+        use_qk_l2norm_in_kernel=l2norm, output_state=final, g_space="linear" if raw_gate else "log",
     )  # fmt: skip
     assert isinstance(output, Tensor)
-    return output.unflatten(0, (batch, tokens)), final if final is None or x.state_v_first else final.mT
+    return output.unflatten(0, (batch, tokens)), final if final is None or v_first else final.mT
 
 
 def causal_conv1d(
@@ -110,8 +106,7 @@ def causal_conv1d(
 
     residual is added behind the activation; backend, cu_seqlens_cpu and chunk_indices change no result.
     """
-    args = arguments("fla.causal_conv1d", locals())
-    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    args = arguments("fla.causal_conv1d", locals(), {"weight": "D W"})
     assert weight is not None
     args.tensor("x", x if x.dim() == 3 else x.flatten(2), "B T D", FLOATS, any_stride=True)
     rows = packed(x.flatten(2))
@@ -134,9 +129,7 @@ def causal_conv1d_update(
     bias: Tensor | None = None, activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token a row, ``[N, D]``, ``[1, N, D]`` or ``[N, 1, D]``; cache ``[N, D, W]`` is written, and returned."""
-    args = arguments("fla.causal_conv1d_update", locals())
-    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
-    args.tensor("cache", cache, "N D W", FLOATS, any_stride=True)
+    arguments("fla.causal_conv1d_update", locals(), {"weight": "D W", "cache": "N D W"})
     assert weight is not None
     rows = (x.flatten(2) if x.dim() > 3 else x).flatten(0, -2)
     y = conv.causal_conv1d_update(rows, cache, weight, bias, activation).view(x.shape)

@@ -114,11 +114,9 @@ class Arguments:
         if value.dim() != len(dims):
             self._mismatch(name, value, spec)
         for dim, size in zip(dims, value.shape, strict=True):
-            if dim in self.sizes:
-                fits = self.sizes[dim] == size
-            elif dim == "*":
+            if dim == "*":
                 continue
-            elif dim.isdigit():
+            if dim.isdigit():
                 fits = size == int(dim)
             elif dim.startswith(">="):
                 fits = size >= self.sizes[dim[2:]]

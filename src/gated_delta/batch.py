@@ -49,12 +49,12 @@ class GatedDeltaNetBatch:
         DtypeError: one that is no index. DeviceError: one on another device than the rest.
     """
 
-    num_prefills: int
-    num_prefill_tokens: int
-    num_decodes: int
-    num_decode_tokens: int
-    num_spec_decodes: int
-    num_spec_decode_tokens: int
+    num_prefills: int = 0
+    num_prefill_tokens: int = 0
+    num_decodes: int = 0
+    num_decode_tokens: int = 0
+    num_spec_decodes: int = 0
+    num_spec_decode_tokens: int = 0
     num_actual_tokens: int
     has_initial_state: Tensor | None = None
     """bool ``[non-spec rows]``; True for decodes, whose slots are always read"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -213,12 +214,11 @@ class GatedDeltaNetAttention(nn.Module):
             OptionError: ``max_batch`` is below 1.
         """
         Arguments("GatedDeltaNetAttention.warmup").whole("max_batch", max_batch, least=1)
-        weight = self.dt_bias
         num_spec = state.conv.shape[-1] - self.config.conv_width + 1
 
         def run(rows: Sequence[Row | SpecRow]) -> None:
-            batch = GatedDeltaNetBatch.build(rows, num_spec=num_spec, device=weight.device)
-            self(weight.new_zeros(batch.num_actual_tokens, self.config.hidden_size), batch, state)
+            batch = GatedDeltaNetBatch.build(rows, num_spec=num_spec, device=state.conv.device)
+            self(self.dt_bias.new_zeros(batch.num_actual_tokens, self.config.hidden_size), batch, state)
 
         for rows in range(1, max_batch + 1):
             run([Row(1, -1)] * rows)
@@ -226,10 +226,8 @@ class GatedDeltaNetAttention(nn.Module):
                 run([SpecRow(num_spec + 1, [-1] * (num_spec + 1), 1)] * rows)
         # Prefills of one chunk and of more, of so many sequences that their states fill 256 processors. Behind a decode
         # indices do not begin at a multiple of 16 bytes.
-        for rows in range(1, 256 * 64 // self.config.value_dim + 3):
-            for length in (16, 70):
-                for decodes in (0, 1):
-                    run([Row(1, -1)] * decodes + [Row(length, -1, fresh=True)] * rows)
+        for rows, length, decodes in product(range(1, 256 * 64 // self.config.value_dim + 3), (16, 70), (0, 1)):
+            run([Row(1, -1)] * decodes + [Row(length, -1, fresh=True)] * rows)
         if num_spec:
             run([SpecRow(1, [-1], 1), Row(70, -1, fresh=True)])
 

@@ -17,7 +17,6 @@ from gated_delta import reference
 from gated_delta.errors import OptionError, ShapeError
 from gated_delta.interop import arguments, conv
 from gated_delta.interop.conv import equal_lengths, packed
-from gated_delta.validation.arguments import FLOATS, INDICES
 
 Result = tuple[Tensor, Tensor | None]
 TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias")
@@ -106,21 +105,19 @@ def causal_conv1d(
 
     residual is added behind the activation; backend, cu_seqlens_cpu and chunk_indices change no result.
     """
-    args = arguments("fla.causal_conv1d", locals(), {"weight": "D W"})
+    shapes = {"weight": "D W", "x": "B T D", "cu_seqlens": "?N+1"}
+    shapes["initial_state"] = "?B D W" if cu_seqlens is None else "?N D W"
+    arguments("fla.causal_conv1d", {**locals(), "x": x.flatten(2)}, shapes)
     assert weight is not None
-    args.tensor("x", x if x.dim() == 3 else x.flatten(2), "B T D", FLOATS, any_stride=True)
     rows = packed(x.flatten(2))
     cu_seqlens = equal_lengths(x.shape[0], x.shape[1], x.device) if cu_seqlens is None else cu_seqlens
-    args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    args.tensor("initial_state", initial_state, "N D W", FLOATS, optional=True, any_stride=True)
-    states, (dim, width) = initial_state, weight.shape
-    states = rows.new_zeros(len(cu_seqlens) - 1, dim, width) if states is None else states
+    states = rows.new_zeros(len(cu_seqlens) - 1, *weight.shape) if initial_state is None else initial_state
     y = conv.convolved(rows[None], weight, bias, states[..., 1:].clone(), activation, cu_seqlens).view(x.shape)
     y = y if residual is None else y + residual
     if not output_final_state:
         return y, None
     extended = reference.extend(rows, states.mT.to(rows.dtype), cu_seqlens)
-    last = extended.starts[1:, None] + torch.arange(-width, 0, device=x.device)
+    last = extended.starts[1:, None] + torch.arange(-weight.shape[1], 0, device=x.device)
     return y, extended.rows[last].mT
 
 

@@ -97,8 +97,7 @@ def causal_conv1d(call: CausalConv1d) -> None:
 def causal_conv1d_update(call: CausalConv1dUpdate) -> None:
     x, output, cu_seqlens = call.x, call.output, call.cu_seqlens
     if cu_seqlens is None:
-        steps = 1 if x.dim() == 2 else x.shape[1]
-        cu_seqlens = torch.arange(len(x) + 1, device=x.device) * steps
+        cu_seqlens = torch.arange(len(x) + 1, device=x.device) * x.shape[1:-1].numel()
         call = call._replace(x=x.reshape(-1, x.shape[-1]), output=output.view(-1, x.shape[-1]))
     _convolve(call, cu_seqlens)
 

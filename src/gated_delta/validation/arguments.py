@@ -111,24 +111,18 @@ class Arguments:
 
     def _shape(self, name: str, value: Tensor, spec: str) -> None:
         dims = spec.split()
-        if value.dim() != len(dims):
-            self._mismatch(name, value, spec)
-        for dim, size in zip(dims, value.shape, strict=True):
-            if dim == "*":
-                continue
-            if dim.isdigit():
-                fits = size == int(dim)
-            elif dim.startswith(">="):
-                fits = size >= self.sizes[dim[2:]]
-            elif dim.endswith("+1"):
-                fits = size >= 1 and self.bind(dim[:-2], size - 1, name)
-            else:
-                fits = self.bind(dim, size, name)
-            if not fits:
-                self._mismatch(name, value, spec)
-
-    def _mismatch(self, name: str, value: Tensor, spec: str) -> None:
-        names = (d.removeprefix(">=").removesuffix("+1") for d in spec.split())
+        if value.dim() == len(dims) and all(map(self._fits, dims, value.shape, [name] * len(dims))):
+            return
+        names = (d.removeprefix(">=").removesuffix("+1") for d in dims)
         known = [f"{n}={self.sizes[n]} (from {self.bound_by[n]})" for n in names if self.bound_by.get(n, name) != name]
-        must = f"[{', '.join(spec.split())}]" + (f" with {', '.join(known)}" if known else "")
+        must = f"[{', '.join(dims)}]" + (f" with {', '.join(known)}" if known else "")
         raise ShapeError(self.where, name, f"of shape {list(value.shape)}", must)
+
+    def _fits(self, dim: str, size: int, name: str) -> bool:
+        if dim.isdigit():
+            return size == int(dim)
+        if dim.startswith(">="):
+            return size >= self.sizes[dim[2:]]
+        if dim.endswith("+1"):
+            return size >= 1 and self.bind(dim[:-2], size - 1, name)
+        return dim == "*" or self.bind(dim, size, name)

@@ -26,12 +26,11 @@ def prefill(
     args = Arguments("chunk_gated_delta_rule", ROWS="P" if pooled else "N")
     _qkv(args, call)
     hq, hk, hv = (args.sizes[n] for n in ("HQ", "HK", "HV"))
-    gva = hq == hk and hk > 0 and hv > 0 and hv % hk == 0
-    gqa = hk == hv and hk > 0 and hq > 0 and hq % hk == 0
-    if not (gva or gqa):
+    few, many = min(hq, hv), max(hq, hv)
+    if few == 0 or hk != few or many % few:
         must = "such that HQ = HK divides HV (grouped values) or HK = HV divides HQ (grouped queries)"
         raise ShapeError(args.where, "(HQ, HK, HV)", (hq, hk, hv), must)
-    args.bind("HS", max(hq, hv), "max(HQ, HV)")
+    args.bind("HS", many, "max(HQ, HV)")
     _checkpoints(args, call)
     _tensors(args, call, library.TENSORS[type(call)][3:])
     args.flag("output_final_state", output_final_state)

@@ -47,6 +47,5 @@ def untested(version: str, first: str, last: str) -> str:
 def is_tested(package: str, version: str, first: str, last: str) -> bool:
     """Whether ``version`` is in the range, or else a warning."""
     if known := untested(version, first, last):
-        message = f"gated_delta leaves {package} {version} as it is: it was tested with {known}"
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(f"gated_delta leaves {package} {version} as it is: it was tested with {known}", stacklevel=3)
     return not known

@@ -49,12 +49,12 @@ class GatedDeltaNetBatch:
         DtypeError: one that is no index. DeviceError: one on another device than the rest.
     """
 
-    num_prefills: int
-    num_prefill_tokens: int
-    num_decodes: int
-    num_decode_tokens: int
-    num_spec_decodes: int
-    num_spec_decode_tokens: int
+    num_prefills: int = 0
+    num_prefill_tokens: int = 0
+    num_decodes: int = 0
+    num_decode_tokens: int = 0
+    num_spec_decodes: int = 0
+    num_spec_decode_tokens: int = 0
     num_actual_tokens: int
     has_initial_state: Tensor | None = None
     """bool ``[non-spec rows]``; True for decodes, whose slots are always read"""
@@ -106,7 +106,8 @@ class GatedDeltaNetBatch:
             if needed:
                 args.tensor(name, getattr(self, name), shape, INDICES, any_stride=True)
         if rows:
-            args.optional("has_initial_state", self.has_initial_state, "rows", (torch.bool,), any_stride=True)
+            known = self.has_initial_state
+            args.tensor("has_initial_state", known, "rows", (torch.bool,), optional=True, any_stride=True)
 
     @property
     def num_row_tokens(self) -> int:
@@ -136,10 +137,8 @@ class GatedDeltaNetBatch:
             return torch.tensor(values, dtype=dtype, device=device)
 
         index: dict[bool, list[int]] = {False: [], True: []}
-        position = 0
-        for row in rows:
-            index[isinstance(row, SpecRow)] += range(position, position + row.tokens)
-            position += row.tokens
+        for row, end in zip(rows, accumulate(row.tokens for row in rows), strict=True):
+            index[isinstance(row, SpecRow)] += range(end - row.tokens, end)
         padded = [[*row.slots, *[-1] * (num_spec + 1 - len(row.slots))] for row in spec]
         return cls(
             num_prefills=len(plain) - decodes,
@@ -148,7 +147,7 @@ class GatedDeltaNetBatch:
             num_decode_tokens=decodes,
             num_spec_decodes=len(spec),
             num_spec_decode_tokens=len(index[True]),
-            num_actual_tokens=position,
+            num_actual_tokens=len(index[False]) + len(index[True]),
             has_initial_state=tensor([not row.fresh for row in plain], torch.bool),
             non_spec_query_start_loc=tensor([*accumulate((row.tokens for row in plain), initial=0)]),
             non_spec_state_indices=tensor([row.slot for row in plain]),

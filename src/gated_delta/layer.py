@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +115,8 @@ class GatedDeltaNetAttention(nn.Module):
             setattr(self, name, nn.Linear(hidden, size, bias=False))
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_width, groups=c.conv_dim, bias=False)
         self.A_log = nn.Parameter(torch.empty(gates).uniform_(1, 16).log())
-        self.dt_bias = nn.Parameter(_inverse_softplus(torch.empty(gates).uniform_(1e-3, 1e-1)))
+        steps = torch.empty(gates).uniform_(1e-3, 1e-1)
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # its softplus is those steps
         self.norm = nn.RMSNorm(c.head_v_dim, eps=c.norm_eps)  # for its weight: rms_norm_gated gates, too
         self.out_proj = nn.Linear(c.value_dim, hidden, bias=False)
         self._probed = 0
@@ -162,16 +164,12 @@ class GatedDeltaNetAttention(nn.Module):
         c, like = self.config, p.outputs[0]
         make = like.new_empty if batch.num_row_tokens == actual else like.new_zeros
         normed = make(actual, c.num_v_heads, c.head_v_dim)
-        if batch.num_spec_decodes == 0:
-            self._plain_rows(p, batch, state, normed)
-        elif batch.num_prefills == 0:
-            self._spec_rows(p, batch, state, normed)
+        plain, spec = self._plain_rows, self._spec_rows
+        if batch.num_spec_decodes == 0 or batch.num_prefills == 0:
+            (spec if batch.num_spec_decodes else plain)(p, batch, state, normed)
         else:
-            assert batch.spec_token_index is not None and batch.non_spec_token_index is not None
-            for run, tokens in (
-                (self._spec_rows, batch.spec_token_index),
-                (self._plain_rows, batch.non_spec_token_index),
-            ):
+            for run, tokens in ((spec, batch.spec_token_index), (plain, batch.non_spec_token_index)):
+                assert tokens is not None
                 part = normed.new_empty(len(tokens), *normed.shape[1:])
                 run(p.of(tokens), batch, state, part)
                 normed[tokens] = part
@@ -221,12 +219,11 @@ class GatedDeltaNetAttention(nn.Module):
             OptionError: ``max_batch`` is below 1.
         """
         Arguments("GatedDeltaNetAttention.warmup").whole("max_batch", max_batch, least=1)
-        weight = self.dt_bias
         num_spec = state.conv.shape[-1] - self.config.conv_width + 1
 
         def run(rows: Sequence[Row | SpecRow]) -> None:
-            batch = GatedDeltaNetBatch.build(rows, num_spec=num_spec, device=weight.device)
-            self(weight.new_zeros(batch.num_actual_tokens, self.config.hidden_size), batch, state)
+            batch = GatedDeltaNetBatch.build(rows, num_spec=num_spec, device=state.conv.device)
+            self(self.dt_bias.new_zeros(batch.num_actual_tokens, self.config.hidden_size), batch, state)
 
         for rows in range(1, max_batch + 1):
             run([Row(1, -1)] * rows)
@@ -234,10 +231,8 @@ class GatedDeltaNetAttention(nn.Module):
                 run([SpecRow(num_spec + 1, [-1] * (num_spec + 1), 1)] * rows)
         # Prefills of one chunk and of more, of so many sequences that their states fill 256 processors. Behind a decode
         # indices do not begin at a multiple of 16 bytes.
-        for rows in range(1, 256 * 64 // self.config.value_dim + 3):
-            for length in (16, 70):
-                for decodes in (0, 1):
-                    run([Row(1, -1)] * decodes + [Row(length, -1, fresh=True)] * rows)
+        for rows, length, decodes in product(range(1, 256 * 64 // self.config.value_dim + 3), (16, 70), (0, 1)):
+            run([Row(1, -1)] * decodes + [Row(length, -1, fresh=True)] * rows)
         if num_spec:
             run([SpecRow(1, [-1], 1), Row(70, -1, fresh=True)])
 
@@ -320,7 +315,3 @@ class GatedDeltaNetAttention(nn.Module):
         z = heads.z.flatten(1, 2)
         normed = reference.rms_norm_gated(output, z, self.norm.weight, c.norm_eps, c.output_gate, dtype=dtype)
         return self.parallel.total(self.out_proj(normed.flatten(1).to(hidden.dtype))).unflatten(0, (batch, length))
-
-
-def _inverse_softplus(x: Tensor) -> Tensor:
-    return x + torch.log(-torch.expm1(-x))

@@ -9,7 +9,6 @@ from torch import Tensor
 import gated_delta
 from gated_delta.errors import ShapeError
 from gated_delta.interop import arguments
-from gated_delta.validation.arguments import FLOATS
 
 
 def packed(x: Tensor) -> Tensor:
@@ -40,9 +39,7 @@ def causal_conv1d_fn(
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """From x ``[B, D, T]`` and states ``[B, D, W-1]`` the same shape as x; with ``return_final_states`` a pair."""
-    args = arguments("causal_conv1d_fn", locals())
-    args.tensor("x", x, "B D T", FLOATS, any_stride=True)
-    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    arguments("causal_conv1d_fn", locals(), {"x": "B D T", "weight": "D W"})
     states = None if initial_states is None else initial_states.clone()
     if return_final_states and states is None:
         states = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)
@@ -57,10 +54,9 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One token ``[B, D]`` or several ``[B, D, T]``; conv_state ``[B, D, C]`` moves left, they come in on its right."""
-    args = arguments("causal_conv1d_update", locals())
-    args.tensor("x", x, "B D T" if x.dim() == 3 else "B D", FLOATS, any_stride=True)
-    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
-    args.tensor("conv_state", conv_state, f"{'B' if conv_state_indices is None else 'P'} D C", FLOATS, any_stride=True)
+    shapes = {"x": "B D T" if x.dim() == 3 else "B D", "weight": "D W"}
+    shapes["conv_state"] = "B D C" if conv_state_indices is None else "P D C"
+    args = arguments("causal_conv1d_update", locals(), shapes)
     older = max(args.sizes["C"] - args.sizes["W"] + 1, 0)  # columns that our operator would leave alone
     if older and conv_state_indices is not None:
         must = f"of {args.sizes['W'] - 1} columns with conv_state_indices"

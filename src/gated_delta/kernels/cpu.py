@@ -95,8 +95,7 @@ def causal_conv1d(call: CausalConv1d) -> None:
 def causal_conv1d_update(call: CausalConv1dUpdate) -> None:
     x, output, cu_seqlens = call.x, call.output, call.cu_seqlens
     if cu_seqlens is None:
-        steps = 1 if x.dim() == 2 else x.shape[1]
-        cu_seqlens = torch.arange(len(x) + 1, device=x.device) * steps
+        cu_seqlens = torch.arange(len(x) + 1, device=x.device) * x.shape[1:-1].numel()
         call = call._replace(x=x.reshape(-1, x.shape[-1]), output=output.view(-1, x.shape[-1]))
     _convolve(call, cu_seqlens)
 
@@ -122,8 +121,7 @@ def _convolve(call: CausalConv1dUpdate, cu_seqlens: Tensor, has_state: Tensor | 
     output.copy_(reference.causal_conv1d(extended, weight, call.bias, "silu" if call.activate else None))
     if len(live) < rows:
         padding = torch.ones(rows, dtype=torch.bool, device=output.device).index_fill(0, live, False)
-        row = torch.searchsorted(extended.starts, extended.tokens, right=True) - 1
-        output[padding[row]] = 0
+        output[padding.repeat_interleave(cu_seqlens.diff())] = 0
     # The new window begins one input after the history did and ends with the last token (or, where nothing is
     # speculative, is the last W - 1 inputs); columns behind it keep what they hold.
     starts, ends = extended.starts[live], extended.starts[live + 1]

@@ -156,9 +156,8 @@ def batch_slots(batch: GatedDeltaNetBatch, state: LayerState) -> None:
     one-token row that starts a sequence is a prefill, for the one-token operator reads whatever the slot holds.
     """
     where = "GatedDeltaNetAttention"
-    named = {"non_spec_state_indices": batch.non_spec_state_indices, "spec_state_indices": batch.spec_state_indices}
-    for name, indices in named.items():
-        slots(where, name, indices, state.recurrent, slot_number(state.null_slot), written=True)
+    for name in ("non_spec_state_indices", "spec_state_indices"):
+        slots(where, name, getattr(batch, name), state.recurrent, slot_number(state.null_slot), written=True)
     has, decodes = batch.has_initial_state, batch.num_decodes
     if has is not None and not bool(has[:decodes].all()):
         must = "True for every decode (a fresh row is a prefill, of one token too)"

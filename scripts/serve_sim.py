@@ -185,9 +185,9 @@ class Swapped(GatedDeltaNetAttention):
         with record_function("translation"):
             state = torch.where(rows["has_initial_state"][:, None, None, None], pool[slots].float(), 0.0)
             q, k = (l2norm(y.float()).to(y.dtype) for y in (q, k))
-            x = {"q": q, "k": k, "v": v.contiguous(), "log_alpha": g, "alpha": g.exp(), "beta": beta}
+            x = {"q": q, "k": k, "v": v.contiguous(), "log_g": g, "g": g.exp(), "beta": beta}
             x |= {"initial_state": state, "output_state": torch.empty_like(state), "cu_seqlens": rows["cu_seqlens"]}
-            x["output"] = torch.empty_like(x["v"])
+            x |= {"output": torch.empty_like(x["v"]), "output_final_state": True, "max_seqlen": max(self.swap.lengths)}
         return self._served("prefill", x, pool, slots, sequences="+".join(map(str, self.swap.lengths)))
 
     def _step(self, p: Projected, state: LayerState, output: Tensor, **rows: Any) -> None:
@@ -203,8 +203,9 @@ class Swapped(GatedDeltaNetAttention):
             x = {name: y.contiguous()[:, None] for name, y in zip("qkvab", tokens, strict=True)}
             x |= {"A_log": self.A_log, "dt_bias": self.dt_bias.float(), "output": torch.empty_like(x["v"])}
             form, stored = ("pool", "bf16") if pool.dtype == torch.bfloat16 else ("V-major", "fp32")
-            x["slots"] = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
-            x["state"] = pool[slots].to(STATES[stored])
+            rows = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
+            in_pool = {"state": None, "initial_state": pool[slots], "initial_state_indices": rows}
+            x |= in_pool if form == "pool" else {"state": pool[slots].float()}
         core = self._served("decode", x, pool, slots, form=form, batch=len(slots), state=stored).view_as(heads.z)
         output = output.view_as(heads.z)
         rms_norm_gated(core, heads.z, self.norm.weight, c.norm_eps, c.output_gate, output=output)

@@ -104,6 +104,19 @@ class Case:
     gates: str = "model"
 
     @property
+    def operator(self) -> str:
+        """The name of ours that does it."""
+        turned, whole = self.form == "K-major", self.form == "prefill"
+        return {
+            "prefill": "chunk_gated_delta_rule",
+            "decode": "gated_delta_rule_decode" if turned else "gated_delta_rule_decode_pretranspose",
+            "verify": "gated_delta_rule_mtp",
+            "step": "gated_delta_net_step",
+            "conv": "causal_conv1d" if whole else "causal_conv1d_update",
+            "norm": "rms_norm_gated",
+        }[self.operation]
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         return parse_sequences(self.sequences) if self.sequences else (self.tokens,) * self.batch
 

@@ -146,8 +146,9 @@ class Worker:
 
 def _check(bound: peers.Bound, x: Inputs, truth: check.Results) -> tuple[float | None, str]:
     """Judge one call, with the states put back afterwards that it wrote in place."""
-    saved = {name: x[name].clone() for name in ("state", "conv_states") if name in x}
-    for name in {"output", "output_state", "snapshots"} & x.keys():
+    in_place = (name for name in ("state", "initial_state", "conv_states") if x.get(name) is not None)
+    saved = {name: x[name].clone() for name in in_place}
+    for name in {"output", "output_state", "intermediate_states_buffer"} & x.keys():
         x[name].fill_(torch.nan)
     bound.call()
     verdict = check.judge(truth, bound.results())

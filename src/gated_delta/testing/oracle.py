@@ -1,12 +1,23 @@
 """The rule token by token around the operators' own arguments: exact in float64, plain in fp32."""
 
+from collections.abc import Callable
+from inspect import signature
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gated_delta import reference
+from gated_delta.testing.inputs import Inputs
+
+AT_ONCE = 1 << 8
+"""Rows times heads of a step evaluated together: what float64 takes must fit beside the rest."""
+
+Results = dict[str, Tensor]
+"""What a call leaves: "output" and, where it is asked for, "state" (the final ones), "kept" (those after every token or
+at checkpoints), both ``[..., V, K]``, and "window" (those of a convolution)."""
 
 
 class Evaluation(NamedTuple):
@@ -74,7 +85,7 @@ def conv(
 ) -> Tensor:  # fmt: skip
     """Causal convolution by its definition, one tap at a time; history ``[N, W-1, D]`` -> ``[L, D]``."""
     width = weight.shape[1]
-    y = torch.zeros(x.shape, dtype=dtype)
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         inputs = torch.cat((history[i].to(dtype), x[start:end].to(dtype)))
         for tap in range(width):
@@ -82,3 +93,101 @@ def conv(
     if bias is not None:
         y = y + bias.to(dtype)
     return y * torch.sigmoid(y) if activation else y
+
+
+def arguments(function: Callable[..., Any], given: Inputs) -> Inputs:
+    """Those of ``given`` that a function takes."""
+    return {name: x for name, x in given.items() if name in signature(function).parameters}
+
+
+def results(operator: str, given: Inputs, output: Tensor, final: Tensor | None = None) -> Results:
+    """What a call of an operator of ours left in its arguments ``given``, and what it returned."""
+    found = {"output": output}
+    if "conv_states" in given:
+        found["window"] = _rows(given["conv_states"], given["state_indices"])
+    if "A_log" not in given:
+        found |= {"state": final} if final is not None else {}
+        return found | ({"kept": given["state_checkpoints"]} if "state_checkpoints" in given else {})
+    kept, slots = given.get("intermediate_states_buffer"), given.get("ssm_state_indices")
+    if slots is not None:
+        kept = given["initial_state"][slots.long()]
+    elif not given.get("disable_state_update"):
+        found["state"] = _states(operator, given)
+    return found if kept is None else {**found, "kept": kept}
+
+
+def evaluate(
+    operator: str, given: Inputs, *, dtype: torch.dtype = torch.float64, operands: torch.dtype | None = None
+) -> Results:
+    """The same as it should be, before the call. ``operands``: as for :func:`prefill`, which only that has."""
+    if operator == "chunk_gated_delta_rule":
+        found = prefill(**arguments(prefill, given), dtype=dtype, operands=operands)
+        kept = {"kept": torch.stack(found.kept)} if "state_checkpoints" in given else {}
+        return {"output": found.output, "state": found.state, **kept}
+    if operator == "rms_norm_gated":
+        return {
+            "output": _norm(
+                given["x"], given["z"], given["weight"], given["eps"], given.get("activation", "silu"), dtype
+            )
+        }
+    if operator == "gated_delta_net_step":
+        return _step(given, dtype)
+    return _convolved(given, dtype) if "A_log" not in given else _recurrent(operator, given, dtype)
+
+
+def _rows(pool: Tensor, slots: Tensor | None) -> Tensor:
+    return pool if slots is None else pool[slots.long()]
+
+
+def _states(operator: str, given: Inputs) -> Tensor:
+    """Of the rows of a step, as they are now: ``[B, HV, V, K]``."""
+    pool = given["initial_state"] if given.get("state") is None else given["state"]
+    state = _rows(pool, given.get("initial_state_indices", given.get("state_indices")))
+    return state.mT if operator == "gated_delta_rule_decode" else state
+
+
+def _norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, dtype: torch.dtype) -> Tensor:
+    gate = getattr(functional, activation)(z.to(dtype))
+    return functional.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps) * gate
+
+
+def _convolved(given: Inputs, dtype: torch.dtype) -> Results:
+    """Packed sequences, or rows of as many tokens each."""
+    x, weight, states = given["x"], given["weight"], _rows(given["conv_states"], given["state_indices"])
+    rows, past, accepted = x.flatten(0, -2), weight.shape[1] - 1, given.get("num_accepted_tokens")
+    cu_seqlens = torch.arange(len(x) + 1) * (len(rows) // len(x)) if "cu_seqlens" not in given else given["cu_seqlens"]
+    first = [0] * len(states) if accepted is None else (accepted - 1).tolist()
+    history = torch.stack([state[:, column : column + past].T for state, column in zip(states, first, strict=True)])
+    output = conv(rows, weight, given.get("bias"), history, cu_seqlens, "silu", dtype=dtype)
+    every = [torch.cat((h, rows[a:b])) for h, (a, b) in zip(history, pairwise(cu_seqlens.tolist()), strict=True)]
+    window = torch.stack([own[len(own) - past if accepted is None else 1 :].T for own in every])
+    return {"output": output.view(x.shape), "window": window.to(dtype)}
+
+
+def _recurrent(operator: str, given: Inputs, dtype: torch.dtype) -> Results:
+    """A few rows at a time."""
+    rows = {"state": _states(operator, given), **{name: given[name] for name in "qkvab"}}
+    found, slots = [], given.get("ssm_state_indices")
+    for part in zip(*(x.split(max(1, AT_ONCE // given["v"].shape[2])) for x in rows.values()), strict=True):
+        own = dict(zip(rows, part, strict=True))
+        one = recurrent(**own, A_log=given["A_log"], dt_bias=given["dt_bias"], dtype=dtype)
+        asked = {"output": one.output}
+        if slots is None and not given.get("disable_state_update"):
+            asked["state"] = one.state
+        if slots is not None or given.get("intermediate_states_buffer") is not None:
+            asked["kept"] = torch.stack(one.kept, 1)
+        found.append(asked)
+    return {name: torch.cat([asked[name] for asked in found]) for name in found[0]}
+
+
+def _step(given: Inputs, dtype: torch.dtype) -> Results:
+    """A token a row: the parts one after the other, in float64 with nothing rounded between them."""
+    x = torch.cat([given[name].flatten(1) for name in "qkv"], -1)
+    mixed = _convolved({**given, "x": x, "weight": given["conv_weight"]}, dtype)
+    parts = mixed["output"].to(dtype if dtype == torch.float64 else x.dtype)[:, None]
+    split = zip("qkv", parts.split([given[name][0].numel() for name in "qkv"], -1), strict=True)
+    heads = {name: part.unflatten(-1, (-1, given[name].shape[-1])) for name, part in split}
+    gates = {name: given[name].flatten(1)[:, None] for name in "ab"}
+    found, z = _recurrent("gated_delta_net_step", given | heads | gates, dtype), given["z"].flatten(1, 2)
+    normed = _norm(found["output"][:, 0], z, given["norm_weight"], given["eps"], "silu", dtype)
+    return {"output": normed, "state": found["state"], "window": mixed["window"]}

@@ -102,18 +102,16 @@ def arguments(function: Callable[..., Any], given: Inputs) -> Inputs:
 
 def results(operator: str, given: Inputs, output: Tensor, final: Tensor | None = None) -> Results:
     """What a call of an operator of ours left in its arguments ``given``, and what it returned."""
-    found = {"output": output}
-    if "conv_states" in given:
-        found["window"] = _rows(given["conv_states"], given["state_indices"])
-    if "A_log" not in given:
-        found |= {"state": final} if final is not None else {}
-        return found | ({"kept": given["state_checkpoints"]} if "state_checkpoints" in given else {})
-    kept, slots = given.get("intermediate_states_buffer"), given.get("ssm_state_indices")
+    left, slots = {"output": output}, given.get("ssm_state_indices")
+    kept = given.get("state_checkpoints", given.get("intermediate_states_buffer"))
     if slots is not None:
         kept = given["initial_state"][slots.long()]
-    elif not given.get("disable_state_update"):
-        found["state"] = _states(operator, given)
-    return found if kept is None else {**found, "kept": kept}
+    elif "A_log" in given and not given.get("disable_state_update"):
+        left["state"] = _states(operator, given)
+    elif "A_log" not in given and final is not None:
+        left["state"] = final
+    left |= {} if kept is None else {"kept": kept}
+    return left | ({"window": _rows(given["conv_states"], given["state_indices"])} if "conv_states" in given else {})
 
 
 def evaluate(
@@ -121,18 +119,13 @@ def evaluate(
 ) -> Results:
     """The same as it should be, before the call. ``operands``: as for :func:`prefill`, which only that has."""
     if operator == "chunk_gated_delta_rule":
-        found = prefill(**arguments(prefill, given), dtype=dtype, operands=operands)
-        kept = {"kept": torch.stack(found.kept)} if "state_checkpoints" in given else {}
-        return {"output": found.output, "state": found.state, **kept}
+        output, state, kept = prefill(**arguments(prefill, given), dtype=dtype, operands=operands)
+        return {"output": output, "state": state, **({"kept": torch.stack(kept)} if kept else {})}
     if operator == "rms_norm_gated":
-        return {
-            "output": _norm(
-                given["x"], given["z"], given["weight"], given["eps"], given.get("activation", "silu"), dtype
-            )
-        }
+        return {"output": _norm(**given, dtype=dtype)}
     if operator == "gated_delta_net_step":
         return _step(given, dtype)
-    return _convolved(given, dtype) if "A_log" not in given else _recurrent(operator, given, dtype)
+    return _recurrent(operator, given, dtype) if "A_log" in given else _convolved(given, dtype)
 
 
 def _rows(pool: Tensor, slots: Tensor | None) -> Tensor:
@@ -146,7 +139,7 @@ def _states(operator: str, given: Inputs) -> Tensor:
     return state.mT if operator == "gated_delta_rule_decode" else state
 
 
-def _norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, dtype: torch.dtype) -> Tensor:
+def _norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, activation: str = "silu") -> Tensor:
     gate = getattr(functional, activation)(z.to(dtype))
     return functional.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps) * gate
 
@@ -155,7 +148,7 @@ def _convolved(given: Inputs, dtype: torch.dtype) -> Results:
     """Packed sequences, or rows of as many tokens each."""
     x, weight, states = given["x"], given["weight"], _rows(given["conv_states"], given["state_indices"])
     rows, past, accepted = x.flatten(0, -2), weight.shape[1] - 1, given.get("num_accepted_tokens")
-    cu_seqlens = torch.arange(len(x) + 1) * (len(rows) // len(x)) if "cu_seqlens" not in given else given["cu_seqlens"]
+    cu_seqlens = given.get("cu_seqlens", torch.arange(len(x) + 1) * (len(rows) // len(x)))
     first = [0] * len(states) if accepted is None else (accepted - 1).tolist()
     history = torch.stack([state[:, column : column + past].T for state, column in zip(states, first, strict=True)])
     output = conv(rows, weight, given.get("bias"), history, cu_seqlens, "silu", dtype=dtype)
@@ -166,28 +159,22 @@ def _convolved(given: Inputs, dtype: torch.dtype) -> Results:
 
 def _recurrent(operator: str, given: Inputs, dtype: torch.dtype) -> Results:
     """A few rows at a time."""
-    rows = {"state": _states(operator, given), **{name: given[name] for name in "qkvab"}}
-    found, slots = [], given.get("ssm_state_indices")
+    rows, found = {"state": _states(operator, given), **{name: given[name] for name in "qkvab"}}, []
     for part in zip(*(x.split(max(1, AT_ONCE // given["v"].shape[2])) for x in rows.values()), strict=True):
         own = dict(zip(rows, part, strict=True))
-        one = recurrent(**own, A_log=given["A_log"], dt_bias=given["dt_bias"], dtype=dtype)
-        asked = {"output": one.output}
-        if slots is None and not given.get("disable_state_update"):
-            asked["state"] = one.state
-        if slots is not None or given.get("intermediate_states_buffer") is not None:
-            asked["kept"] = torch.stack(one.kept, 1)
-        found.append(asked)
-    return {name: torch.cat([asked[name] for asked in found]) for name in found[0]}
+        output, state, kept = recurrent(**own, A_log=given["A_log"], dt_bias=given["dt_bias"], dtype=dtype)
+        left = {"output": output, "state": state, "kept": torch.stack(kept, 1)}
+        found.append({name: left[name] for name in results(operator, given, output) if name in left})
+    return {name: torch.cat([left[name] for left in found]) for name in found[0]}
 
 
 def _step(given: Inputs, dtype: torch.dtype) -> Results:
-    """A token a row: the parts one after the other, in float64 with nothing rounded between them."""
+    """A token a row: the parts one after the other, nothing rounded between them."""
     x = torch.cat([given[name].flatten(1) for name in "qkv"], -1)
     mixed = _convolved({**given, "x": x, "weight": given["conv_weight"]}, dtype)
-    parts = mixed["output"].to(dtype if dtype == torch.float64 else x.dtype)[:, None]
-    split = zip("qkv", parts.split([given[name][0].numel() for name in "qkv"], -1), strict=True)
-    heads = {name: part.unflatten(-1, (-1, given[name].shape[-1])) for name, part in split}
+    parts = mixed["output"][:, None].split([given[name][0].numel() for name in "qkv"], -1)
+    heads = {n: y.unflatten(-1, (-1, given[n].shape[-1])) for n, y in zip("qkv", parts, strict=True)}
     gates = {name: given[name].flatten(1)[:, None] for name in "ab"}
     found, z = _recurrent("gated_delta_net_step", given | heads | gates, dtype), given["z"].flatten(1, 2)
-    normed = _norm(found["output"][:, 0], z, given["norm_weight"], given["eps"], "silu", dtype)
-    return {"output": normed, "state": found["state"], "window": mixed["window"]}
+    normed = _norm(found["output"][:, 0], z, given["norm_weight"], given["eps"], dtype)
+    return {**found, "output": normed, "window": mixed["window"]}

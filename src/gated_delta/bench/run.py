@@ -19,7 +19,7 @@ import torch
 
 from gated_delta.bench import check, floors, peers, timing
 from gated_delta.bench.cases import Case
-from gated_delta.bench.inputs import Inputs, make_sets
+from gated_delta.bench.inputs import make_sets
 from gated_delta.bench.machine import clocks
 from gated_delta.bench.records import Row, row_of, with_best_peer
 from gated_delta.errors import GatedDeltaError
@@ -93,28 +93,27 @@ class Worker:
             if (case.operation, name) in self.left_out:
                 continue
             with self._step(case, name, "check"):
-                bounds = [bound for x in sets if (bound := peers.bind(name, case, x)) is not None]
-                if not bounds:
+                once = peers.bind(name, case, make_sets(case, device, 0)[0])  # which it may change
+                if once is None:
                     continue
-                error, fault = _check(bounds[0], sets[0], truth)
+                once.call()
+                error, fault = check.judge(truth, once.results())
                 self._rows[name] = row_of(case, name, status="wrong" if fault else "ok", error=error, note=fault)
                 if not fault:
-                    for bound in bounds[1:]:
-                        bound.call()
+                    calls = [bound.call for x in sets if (bound := peers.bind(name, case, x)) is not None]
+                    for call in calls:
+                        call()
                     self._synchronize()
-                    ready[name] = [bound.call for bound in bounds]
+                    ready[name] = calls
         return ready
 
     def _time(self, case: Case, ready: dict[str, list[timing.Call]]) -> dict[str, timing.Spread]:
-        found, timers, device = {}, {}, torch.device(self.device)
+        timers, device = {}, torch.device(self.device)
         for name, calls in ready.items():
             with self._step(case, name, "preparing to time"):
-                if case.group == "host":
-                    found[name] = timing.host(calls[0])
-                else:
-                    timers[name] = timing.timer(calls, device)
+                timers[name] = timing.host(calls[0]) if case.group == "host" else timing.timer(calls, device)
                 self._synchronize()
-        return found or timing.in_turns(timers, device, lambda name: self._say(name, "timing"))
+        return timing.in_turns(timers, device, lambda name: self._say(name, "timing"))
 
     @contextlib.contextmanager
     def _step(self, case: Case, name: str, what: str) -> Iterator[None]:
@@ -142,19 +141,6 @@ class Worker:
     def _synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
-
-
-def _check(bound: peers.Bound, x: Inputs, truth: check.Results) -> tuple[float | None, str]:
-    """Judge one call, with the states put back afterwards that it wrote in place."""
-    in_place = (name for name in ("state", "initial_state", "conv_states") if x.get(name) is not None)
-    saved = {name: x[name].clone() for name in in_place}
-    for name in {"output", "output_state", "intermediate_states_buffer"} & x.keys():
-        x[name].fill_(torch.nan)
-    bound.call()
-    verdict = check.judge(truth, bound.results())
-    for name, state in saved.items():
-        x[name].copy_(state)
-    return verdict
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.profiler import profile, record_function
@@ -29,7 +30,7 @@ from torch.profiler import profile, record_function
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.bench import machine, peers
 from gated_delta.bench.cases import STATES, Case, Heads
-from gated_delta.bench.cli import among, console, parsed, shown
+from gated_delta.bench.cli import among, console, parsed
 from gated_delta.cli import pick_device
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d_update
@@ -372,7 +373,7 @@ def serve_command(
     names, _ = peers.choose(parsed(peers_, "--peers", str), place)
     names = [name for name in names if name != peers.SEPARATE]
     rows, facts = list[dict[str, str]](), machine.facts(place)
-    for name in shown(names, "serving", len(names)):
+    for name in track(names, "serving", console=console):
         found = serve(name, model, layers, asked, settings, place) | facts
         rows.append({key: f"{x:.6g}" if isinstance(x, float) else str(x) for key, x in found.items()})
     columns = list(dict.fromkeys(key for row in rows for key in row))

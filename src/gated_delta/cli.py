@@ -26,9 +26,8 @@ from gated_delta.bench.cli import existing_file
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
 from gated_delta.model.checkpoint import generate_checkpoint
-from gated_delta.model.generation import Options, Summary, generate
+from gated_delta.model.generation import Options, Summary, generate, score
 from gated_delta.model.network import load_model, weights_facts
-from gated_delta.model.scoring import score
 from gated_delta.testing.selftest import CASES
 
 app = typer.Typer(

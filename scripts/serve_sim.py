@@ -204,8 +204,8 @@ class Swapped(GatedDeltaNetAttention):
             x = {name: y.contiguous()[:, None] for name, y in zip("qkvab", tokens, strict=True)}
             x |= {"A_log": self.A_log, "dt_bias": self.dt_bias.float(), "output": torch.empty_like(x["v"])}
             form, stored = ("pool", "bf16") if pool.dtype == torch.bfloat16 else ("V-major", "fp32")
-            rows = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
-            in_pool = {"state": None, "initial_state": pool[slots], "initial_state_indices": rows}
+            index = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
+            in_pool = {"state": None, "initial_state": pool[slots], "initial_state_indices": index}
             x |= in_pool if form == "pool" else {"state": pool[slots].float()}
         core = self._served("decode", x, pool, slots, form=form, batch=len(slots), state=stored).view_as(heads.z)
         output = output.view_as(heads.z)

@@ -31,7 +31,6 @@ from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.bench import machine, peers
 from gated_delta.bench.cases import STATES, Case, Heads
 from gated_delta.bench.cli import among, console, parsed
-from gated_delta.cli import pick_device
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d_update
 from gated_delta.errors import GatedDeltaError, OptionError
@@ -365,7 +364,7 @@ def serve_command(
     device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
 ) -> None:
     """Serve a trace of requests by a stack of layers, with our kernels and with peers' swapped in."""
-    place = pick_device(device)
+    place = machine.pick_device(device)
     parsed(model, "MODEL", among(MODELS))
     parsed(state, "--state", among(STATES))
     asked = random_trace(requests, rate, prompt, output, seed) if trace is None else read_trace(trace)

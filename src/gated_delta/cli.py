@@ -23,6 +23,7 @@ from gated_delta import __version__
 from gated_delta.bench import machine
 from gated_delta.bench.cli import app as bench_app
 from gated_delta.bench.cli import existing_file
+from gated_delta.bench.machine import pick_device
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
 from gated_delta.model.checkpoint import generate_checkpoint
@@ -40,18 +41,6 @@ console = Console()
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda"; auto takes a GPU that a backend serves.')]
-
-
-def pick_device(name: str) -> str:
-    """The device to run on: "auto" is a GPU if every operator is served there, else the CPU."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise OptionError("command line", "--device", repr(name), '"auto", "cpu" or "cuda"')
-    if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("command line", "--device", '"cuda"', '"cpu": torch sees no GPU here')
-    if name != "auto":
-        return name
-    served = all(explain(operator, device="cuda").chosen for operator in OPERATORS)
-    return "cuda" if torch.cuda.is_available() and served else "cpu"
 
 
 def printable(text: str) -> str:

@@ -87,9 +87,7 @@ def run_command(
     device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
 ) -> None:
     """Measure, and show a table; with --out, leave a CSV."""
-    from gated_delta.cli import pick_device  # noqa: PLC0415 - it mounts this module
-
-    place = pick_device(device)
+    place = machine.pick_device(device)
     layouts, every = ",".join(map(str, cases.MODELS)), ",".join(cases.SEQUENCES)
     chosen = cases.select(
         parsed(",".join(groups or cases.DEFAULT_GROUPS), "GROUP", among(cases.GROUPS)),

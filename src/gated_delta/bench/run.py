@@ -54,8 +54,13 @@ class Worker:
 
     def measure(self) -> list[Row]:
         """Rows of all contenders that can do the case."""
-        for name, times in self._time(self._ready()).items():
-            self._rows[name] = replace(self._rows[name], **times._asdict())
+        timers, host = {}, self.case.group == "host"
+        for name, calls in self._ready().items():
+            with self._step(name, "preparing to time"):
+                timers[name] = timing.host(calls[0]) if host else timing.timer(calls, self.device)
+                synchronize(self.device)
+        found = timing.in_turns(timers, self.device, lambda name: self.pipe.send(Step(name, "timing")))
+        self._rows |= {name: replace(self._rows[name], **times._asdict()) for name, times in found.items()}
         return list(self._rows.values())
 
     def _ready(self) -> dict[str, list[timing.Call]]:
@@ -80,15 +85,6 @@ class Worker:
                     synchronize(self.device)
                     ready[name] = calls
         return ready
-
-    def _time(self, ready: dict[str, list[timing.Call]]) -> dict[str, timing.Spread]:
-        timers = {}
-        for name, calls in ready.items():
-            with self._step(name, "preparing to time"):
-                host = self.case.group == "host"
-                timers[name] = timing.host(calls[0]) if host else timing.timer(calls, self.device)
-                synchronize(self.device)
-        return timing.in_turns(timers, self.device, lambda name: self.pipe.send(Step(name, "timing")))
 
     @contextlib.contextmanager
     def _step(self, name: str, what: str) -> Iterator[None]:

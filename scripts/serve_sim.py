@@ -199,7 +199,7 @@ class Swapped(GatedDeltaNetAttention):
         c, slots, pool, heads = self.config, rows["state_indices"], state.recurrent, p.heads
         mixed = causal_conv1d_update(p.qkv, state.conv, self.conv1d.weight[:, 0], state_indices=slots)
         with record_function("translation"):
-            tokens = (*self.split_heads(mixed), heads.a.flatten(1), heads.b.flatten(1))
+            tokens = (*c.split_heads(mixed), heads.a.flatten(1), heads.b.flatten(1))
             x = {name: y.contiguous()[:, None] for name, y in zip("qkvab", tokens, strict=True)}
             x |= {"A_log": self.A_log, "dt_bias": self.dt_bias.float(), "output": torch.empty_like(x["v"])}
             form, stored = ("pool", "bf16") if pool.dtype == torch.bfloat16 else ("V-major", "fp32")

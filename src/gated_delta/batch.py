@@ -9,7 +9,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gated_delta.errors import OptionError
+from gated_delta.errors import DataError, OptionError
+from gated_delta.library import slot_number
+from gated_delta.validation import data
 from gated_delta.validation.arguments import INDICES, Arguments
 
 
@@ -113,6 +115,17 @@ class GatedDeltaNetBatch:
     def num_row_tokens(self) -> int:
         """Tokens that belong to rows."""
         return self.num_decode_tokens + self.num_prefill_tokens + self.num_spec_decode_tokens
+
+    def judge_slots(self, pool: Tensor, null_slot: int | None) -> None:
+        """In checked mode: the slots of all rows, before the first is written, and that decodes have a history: a
+        one-token row that starts a sequence is a prefill, for the one-token operator reads whatever the slot holds.
+        """
+        where = "GatedDeltaNetAttention"
+        for name in ("non_spec_state_indices", "spec_state_indices"):
+            data.slots(where, name, getattr(self, name), pool, slot_number(null_slot), written=True)
+        if self.has_initial_state is not None and not bool(self.has_initial_state[: self.num_decodes].all()):
+            must = "True for every decode (a fresh row is a prefill, of one token too)"
+            raise DataError(where, "has_initial_state", "False for a decode", must)
 
     @classmethod
     def build(

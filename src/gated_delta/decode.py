@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gated_delta import dispatch, library, plans, reference
 from gated_delta.validation import data, operators
+from gated_delta.validation.arguments import Arguments
 
 
 def gated_delta_rule_decode(
@@ -36,7 +37,7 @@ def gated_delta_rule_decode(
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
     options, given = (
-        ("gated_delta_rule_decode", "state", scale, use_qk_l2norm, allow_neg_eigval, backend, True, None, False),
+        ("gated_delta_rule_decode", "state", scale, use_qk_l2norm, allow_neg_eigval, backend, False, None, False),
         (q, k, v, state, A_log, a, dt_bias, b, output, None, None, None, None),
     )
     return plans.run("recurrent", options, given, _recurrent), state
@@ -69,11 +70,10 @@ def gated_delta_rule_decode_pretranspose(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    operators.flag("gated_delta_rule_decode_pretranspose", "disable_state_update", disable_state_update)
     states = operators.pool_choice(state, initial_state, initial_state_indices)
     options, given = (
         ("gated_delta_rule_decode_pretranspose", "initial_state" if state is None else "state", scale, use_qk_l2norm,
-         allow_neg_eigval, backend, not disable_state_update, null_slot, True),
+         allow_neg_eigval, backend, disable_state_update, null_slot, True),
         (q, k, v, states, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices, None,
          intermediate_states_buffer),
     )  # fmt: skip
@@ -107,10 +107,9 @@ def gated_delta_rule_mtp(
         message = "gated_delta_rule_mtp: disable_state_update=None means True today and will mean False; pass one"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         disable_state_update = True
-    operators.flag("gated_delta_rule_mtp", "disable_state_update", disable_state_update)
     options, given = (
         ("gated_delta_rule_mtp", "initial_state", scale, use_qk_l2norm, allow_neg_eigval, backend,
-         not disable_state_update, null_slot, True),
+         disable_state_update, null_slot, True),
         (q, k, v, initial_state, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices,
          ssm_state_indices, intermediate_states_buffer),
     )  # fmt: skip
@@ -119,18 +118,19 @@ def gated_delta_rule_mtp(
 
 def _recurrent(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[library.Recurrent, str, Tensor]:
     """The call of every recurrent operator, judged: its names, options and tensors in the order in which they come."""
-    where, state_name, scale, use_qk_l2norm, allow_neg_eigval, backend, update, null_slot, state_v_first = options
+    where, state_name, scale, use_qk_l2norm, allow_neg_eigval, backend, frozen, null_slot, state_v_first = options
     q, k, v, state, A_log, a, dt_bias, b, output, read_slots, write_slots, token_slots, snapshots = given
     call = library.Recurrent._make((
         q, k, v, state, state_v_first, A_log, a, dt_bias, b, scale, use_qk_l2norm, allow_neg_eigval,
-        read_slots, null_slot, update, write_slots, token_slots, snapshots, output, output is None,
+        read_slots, null_slot, not frozen, write_slots, token_slots, snapshots, output, output is None,
     ))  # fmt: skip
+    Arguments(where).flag("disable_state_update", frozen)
     args = operators.recurrent(where, call, state_name=state_name, single=where == "gated_delta_rule_decode")
     backend = dispatch.serving(args, q, backend)
     call = call._replace(
         scale=reference.resolve_scale(scale, args.sizes["K"]),
         null_slot=library.slot_number(null_slot),
-        update_state=update and (token_slots is None or write_slots is not None),
+        update_state=not frozen and (token_slots is None or write_slots is not None),
         output=q.new_empty(v.shape) if output is None else output,
     )
     if data.is_checked():

@@ -146,13 +146,6 @@ class GatedDeltaNetAttention(nn.Module):
             raise ShapeError("GatedDeltaNetAttention", f"what {name} gives", was, must)
         return y
 
-    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[L, conv_dim]`` -> q and k ``[L, Hk, K]``, v ``[L, HV, V]``, all views."""
-        c = self.config
-        q, k, v = qkv.split_with_sizes((c.key_dim, c.key_dim, c.value_dim), -1)
-        heads = (-1, c.num_k_heads, c.head_k_dim)
-        return q.view(heads), k.view(heads), v.view(-1, c.num_v_heads, c.head_v_dim)
-
     def forward(self, hidden: Tensor, batch: GatedDeltaNetBatch, state: LayerState) -> Tensor:
         """One step: hidden ``[tokens, hidden]`` -> ``[tokens, hidden]``, states updated in place.
 
@@ -186,7 +179,7 @@ class GatedDeltaNetAttention(nn.Module):
             self._apply_to("out_proj", hidden.new_zeros(1, self.config.value_dim), self.config.hidden_size)
             self._probed = id(self.out_proj)
         if data.is_checked():
-            data.batch_slots(batch, state)
+            batch.judge_slots(state.recurrent, state.null_slot)
 
     def _tensors(self, hidden: Tensor, conv: Tensor, recurrent: Tensor, actual: int, columns: int) -> None:
         """Judge those of a step with so many tokens, and columns of slots."""
@@ -275,7 +268,7 @@ class GatedDeltaNetAttention(nn.Module):
         x, head_k = p.mixed
         g, beta = gates(self.A_log, heads.a, self.dt_bias, heads.b, allow_neg_eigval=c.allow_neg_eigval)
         x = causal_conv1d(x, self.conv1d.weight.squeeze(1), conv_states=state.conv, head_k=head_k, **rows)
-        core = self._rule(*self.split_heads(x), g, beta, state.recurrent, **rows)
+        core = self._rule(*c.split_heads(x), g, beta, state.recurrent, **rows)
         core, output = (y.view_as(heads.z) for y in (core, output))  # z grouped as it stands: flattened, it is a copy
         rms_norm_gated(core, heads.z, self.norm.weight, c.norm_eps, c.output_gate, output=output)
 
@@ -298,9 +291,9 @@ class GatedDeltaNetAttention(nn.Module):
         heads = p.heads
         starts = torch.arange(batch + 1, device=hidden.device) * length
         history = p.qkv.new_zeros(batch, c.conv_width - 1, c.conv_dim, dtype=dtype)
-        extended = reference.extend(p.qkv, history, starts)
-        mixed = reference.causal_conv1d(extended, self.conv1d.weight[:, 0], None, "silu")
-        q, k, v = self.split_heads(mixed)
+        rows, _, tokens = reference.extend(p.qkv, history, starts)
+        mixed = reference.causal_conv1d(rows, tokens, self.conv1d.weight[:, 0], None, "silu")
+        q, k, v = c.split_heads(mixed)
         q, k = reference.l2norm(q), reference.l2norm(k)
         alpha = reference.decay(self.A_log, heads.a.flatten(1), self.dt_bias, dtype=dtype)
         beta = reference.write_strength(heads.b.flatten(1), allow_neg_eigval=c.allow_neg_eigval, dtype=dtype)
@@ -311,7 +304,7 @@ class GatedDeltaNetAttention(nn.Module):
             output = reference.recurrent(q, k, v, alpha, beta, scale, state, dtype=dtype)[0].flatten(0, 1)
         else:
             spans = [(i * length, (i + 1) * length) for i in range(batch)]
-            output = reference.chunked(q, k, v, alpha, beta, scale, state, spans, dtype=dtype).output
+            output = reference.chunked(q, k, v, alpha, beta, scale, state, spans, dtype=dtype)[0]
         z = heads.z.flatten(1, 2)
         normed = reference.rms_norm_gated(output, z, self.norm.weight, c.norm_eps, c.output_gate, dtype=dtype)
         return self.parallel.total(self.out_proj(normed.flatten(1).to(hidden.dtype))).unflatten(0, (batch, length))

@@ -192,6 +192,11 @@ def slot_number(null_slot: int | None) -> int:
     return -1 if null_slot is None else null_slot
 
 
+def is_live(slots: Tensor, null_slot: int) -> Tensor:
+    """Which name a slot; the others are padding."""
+    return (slots >= 0) & (slots != null_slot)
+
+
 @cache
 def _implementation(operator: str, backend: str) -> Any:
     found = getattr(import_module(f"gated_delta.kernels.{backend}"), operator, None)

@@ -11,7 +11,6 @@ the dtype that the caller passes as ``dtype`` and rounds nothing in between.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,19 +95,10 @@ def by_part(x: Tensor, head_k: int) -> Tensor:
     return torch.cat([y.flatten(1) for y in x.split((head_k, head_k, x.shape[2] - 2 * head_k), dim=-1)], dim=-1)
 
 
-class Extended(NamedTuple):
-    """Packed sequences, each with its history in front: what a causal convolution reads."""
-
-    rows: Tensor
-    """``[L + N (W - 1), D]``: per sequence its ``W - 1`` history rows, then its tokens."""
-    starts: Tensor
-    """``[N + 1]``: where each sequence (history included) begins in ``rows``."""
-    tokens: Tensor
-    """``[L]``: where each packed token stands in ``rows``."""
-
-
-def extend(x: Tensor, history: Tensor, cu_seqlens: Tensor) -> Extended:
-    """Put ``history [N, W-1, D]`` in front of the sequences packed in ``x [L, D]``."""
+def extend(x: Tensor, history: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put ``history [N, W-1, D]`` in front of the sequences packed in ``x [L, D]``: the rows, where each sequence is
+    among them (``[N + 1]``), where each token is (``[L]``).
+    """
     count, width, _ = history.shape
     starts = cu_seqlens.long() + torch.arange(count + 1, device=x.device) * width
     position, inner = torch.arange(x.shape[0], device=x.device), cu_seqlens[1:-1].long().contiguous()
@@ -116,16 +106,17 @@ def extend(x: Tensor, history: Tensor, cu_seqlens: Tensor) -> Extended:
     rows = x.new_zeros(x.shape[0] + count * width, x.shape[1], dtype=history.dtype)
     past = starts[:-1, None] + torch.arange(width, device=x.device)
     rows = rows.index_copy(0, past.flatten(), history.flatten(0, 1))
-    return Extended(rows.index_copy(0, tokens, x.to(history.dtype)), starts, tokens)
+    return rows.index_copy(0, tokens, x.to(history.dtype)), starts, tokens
 
 
-def causal_conv1d(extended: Extended, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """Depthwise causal convolution of ``weight [D, W]`` over ``extended``; ``[L, D]`` in the dtype of its rows."""
-    rows, width = extended.rows, weight.shape[1]
-    weight = weight.to(rows.dtype)
+def causal_conv1d(rows: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Depthwise causal convolution of ``weight [D, W]`` over what :func:`extend` gives: the outputs of ``tokens``, in
+    the dtype of the rows.
+    """
+    width, weight = weight.shape[1], weight.to(rows.dtype)
     y = rows.new_zeros(()) if bias is None else bias.to(rows.dtype)
     for tap in range(width):
-        y = y + rows.index_select(0, extended.tokens - (width - 1 - tap)) * weight[:, tap]
+        y = y + rows.index_select(0, tokens - (width - 1 - tap)) * weight[:, tap]
     return activate(y, activation)
 
 
@@ -223,26 +214,18 @@ def _scan_chunk(
     return output, _plus_product(decay_in[..., -1:, :] * state, keys, decay_out * u)
 
 
-class Chunked(NamedTuple):
-    """What :func:`chunked` returns."""
-
-    output: Tensor
-    """``[L, HS, V]``"""
-    state: Tensor
-    """``[N, HS, V, K]``: each sequence's final state."""
-    checkpoints: list[list[Tensor]]
-    """Per sequence, the state ``[HS, V, K]`` after every ``checkpoint_every`` tokens."""
-
-
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, scale: float, state: Tensor,
     spans: Sequence[tuple[int, int]], *, checkpoint_every: int = 0, chunk: int = CHUNK, out: Tensor | None = None,
     dtype: torch.dtype = torch.float32, prepare: torch.dtype | None = None,
-) -> Chunked:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[list[Tensor]]]:  # fmt: skip
     """The rule by chunks, for packed sequences: q ``[L, HQ, K]``, k ``[L, HK, K]``, v ``[L, HV, V]``, alpha and beta
     ``[L, HS]``, initial state ``[N, HS, V, K]``; sequence i is the tokens ``spans[i]``, first to one past the last;
     ``checkpoint_every`` is 0 or a multiple of ``chunk``. The output goes to ``out``, rounded to its dtype, if that is
     given (tokens of no span stay as they are), else to zeros in ``dtype``.
+
+    Returns the output ``[L, HS, V]``, final states ``[N, HS, V, K]``, and of each sequence those after every
+    ``checkpoint_every`` tokens.
 
     The state before a chunk enters through two products; inside the chunk the updates u solve a unit lower triangular
     system (docs/maths.md derives it). ``prepare`` is the precision in which that system is made and inverted, ``dtype``
@@ -279,4 +262,4 @@ def chunked(
                     if lengths[i] >= done:
                         checkpoints[i].append(after.transpose(-1, -2))
         final[rows] = running
-    return Chunked(output, final.transpose(-1, -2), checkpoints)
+    return output, final.transpose(-1, -2), checkpoints

@@ -194,11 +194,9 @@ def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
         known: it is said which slots of the pool hold a state to start from; without a pool, there are such states.
     """
     c = s.config
-    sizes = (c.head_k_dim, c.head_k_dim, c.head_v_dim)
     for rows in s.batches[: 256 // c.num_v_heads + 1]:
         total = rows * length
-        parts = s.empty(total, c.conv_dim).split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
-        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(parts, sizes, strict=True))
+        q, k, v = c.split_heads(s.empty(total, c.conv_dim))
         states = s.empty(rows, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=s.state_dtype)
         gates = s.empty(total, c.num_v_heads, dtype=torch.float32)
         starts = torch.arange(rows + 1, dtype=torch.int32, device=s.device)

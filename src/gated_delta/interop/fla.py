@@ -116,9 +116,9 @@ def causal_conv1d(
     y = y if residual is None else y + residual
     if not output_final_state:
         return y, None
-    extended = reference.extend(rows, states.mT.to(rows.dtype), cu_seqlens)
-    last = extended.starts[1:, None] + torch.arange(-weight.shape[1], 0, device=x.device)
-    return y, extended.rows[last].mT
+    kept, starts, _ = reference.extend(rows, states.mT.to(rows.dtype), cu_seqlens)
+    last = starts[1:, None] + torch.arange(-weight.shape[1], 0, device=x.device)
+    return y, kept[last].mT
 
 
 def causal_conv1d_update(

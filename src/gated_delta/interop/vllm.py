@@ -84,7 +84,7 @@ class _Served:
     """What is ours of the layer, before the engine's own class. ``self.config`` is the shape of this rank's part."""
 
     _plain_rows, _spec_rows, _step = _ours._plain_rows, _ours._spec_rows, _ours._step
-    _prefill, _rule, split_heads = _ours._prefill, _ours._rule, _ours.split_heads
+    _prefill, _rule = _ours._prefill, _ours._rule
 
     def __init__(self: Any, config: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, vllm_config, *args, **kwargs)  # type: ignore[call-arg]

@@ -2,7 +2,7 @@
 
 import torch
 
-from gated_delta.library import CausalConv1dUpdate, GatedDeltaNetStep, Recurrent, RmsNormGated, run
+from gated_delta.library import CausalConv1dUpdate, GatedDeltaNetStep, Recurrent, RmsNormGated, is_live, run
 
 
 def composed(backend: str, call: GatedDeltaNetStep) -> None:
@@ -14,7 +14,7 @@ def composed(backend: str, call: GatedDeltaNetStep) -> None:
     read = slots[:, 0]
     if accepted is not None:
         read = slots.gather(1, accepted[:, None].long() - 1)[:, 0]
-    live = (slots[:, 0] >= 0) & (slots[:, 0] != null_slot) & (read >= 0) & (read != null_slot)
+    live = is_live(slots[:, 0], null_slot) & is_live(read, null_slot)
     first, read = (torch.where(live, index, -1) for index in (slots[:, 0], read))
     mixed = torch.empty_like(x)
     window = (call.conv_states, call.conv_weight, None, True, first, accepted, cu_seqlens, null_slot)

@@ -107,12 +107,6 @@ def pool_choice(state: Tensor | None, initial_state: Tensor | None, read_slots: 
     return initial_state
 
 
-def flag(where: str, name: str, value: object) -> None:
-    """An argument that is True or False."""
-    if not isinstance(value, bool):
-        Arguments(where).flag(name, value)
-
-
 def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arguments:
     """``causal_conv1d`` and ``causal_conv1d_update``."""
     update = isinstance(call, CausalConv1dUpdate)

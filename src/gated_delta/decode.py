@@ -11,7 +11,7 @@ from gated_delta.validation.arguments import Arguments
 
 
 def gated_delta_rule_decode(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, A_log: Tensor, a: Tensor, dt_bias: Tensor, b: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, A_log: Tensor | None, a: Tensor, dt_bias: Tensor | None, b: Tensor,
     scale: float | None = None, output: Tensor | None = None, use_qk_l2norm: bool = True, *,
     allow_neg_eigval: bool = False, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -23,7 +23,8 @@ def gated_delta_rule_decode(
     Args:
         q, k: ``[B, 1, H, K]``; v: ``[B, 1, HV, V]``; one dtype of bf16, fp16, fp32.
         state: ``[B, HV, K, V]`` bf16, fp16 or fp32.
-        A_log: ``[HV]`` fp32; a, b: ``[B, 1, HV]``; dt_bias: ``[HV]``.
+        A_log: ``[HV]`` fp32; a, b: ``[B, 1, HV]``; dt_bias: ``[HV]``. Where A_log and dt_bias are None, a is the
+            logarithm of alpha, and b is beta.
         scale: factor of the output, ``K ** -0.5`` when None.
         output: ``[B, 1, HV, V]`` to write into; allocated in q's dtype when None.
         use_qk_l2norm: normalise q and k first, ``x rsqrt(sum x^2 + 1e-6)``.
@@ -44,8 +45,8 @@ def gated_delta_rule_decode(
 
 
 def gated_delta_rule_decode_pretranspose(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, A_log: Tensor, a: Tensor, dt_bias: Tensor, b: Tensor,
-    scale: float | None = None, output: Tensor | None = None, use_qk_l2norm: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, A_log: Tensor | None, a: Tensor, dt_bias: Tensor | None,
+    b: Tensor, scale: float | None = None, output: Tensor | None = None, use_qk_l2norm: bool = True,
     initial_state: Tensor | None = None, initial_state_indices: Tensor | None = None,
     output_state_indices: Tensor | None = None, intermediate_states_buffer: Tensor | None = None,
     disable_state_update: bool = False, *, allow_neg_eigval: bool = False, null_slot: int | None = None,
@@ -81,8 +82,8 @@ def gated_delta_rule_decode_pretranspose(
 
 
 def gated_delta_rule_mtp(
-    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, initial_state_indices: Tensor, A_log: Tensor, a: Tensor,
-    dt_bias: Tensor, b: Tensor, scale: float | None = None, output: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, initial_state_indices: Tensor, A_log: Tensor | None,
+    a: Tensor, dt_bias: Tensor | None, b: Tensor, scale: float | None = None, output: Tensor | None = None,
     intermediate_states_buffer: Tensor | None = None, ssm_state_indices: Tensor | None = None,
     disable_state_update: bool | None = None, use_qk_l2norm: bool = True, output_state_indices: Tensor | None = None,
     *, allow_neg_eigval: bool = False, null_slot: int | None = None, backend: str = "auto",

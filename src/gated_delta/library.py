@@ -84,9 +84,10 @@ class Recurrent(NamedTuple):
     """One state a row, or the pool when there are ``read_slots``."""
     state_v_first: bool
     """States are ``[V, K]``, not ``[K, V]``."""
-    A_log: Annotated[Tensor, Asked("HV", _F32)]
+    A_log: Annotated[Tensor, Asked("HV", _F32)] | None
+    """None, as dt_bias is then: a is the logarithm of alpha, and b is beta."""
     a: Annotated[Tensor, Asked("B STEPS HV")]
-    dt_bias: Annotated[Tensor, Asked("HV")]
+    dt_bias: Annotated[Tensor, Asked("HV")] | None
     b: Annotated[Tensor, Asked("B STEPS HV")]
     scale: float
     use_qk_l2norm: bool

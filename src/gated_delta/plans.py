@@ -57,7 +57,7 @@ def run(
     return result
 
 
-def judged(options: tuple[Any, ...], given: tuple[Any, ...], judge: Callable[[], None]) -> None:
+def judged(options: tuple[Any, ...], given: tuple[Any, ...], judge: Callable[[], object]) -> None:
     """Let ``judge`` look at these, unless it has let pass what looks like them."""
     if find(options, given) is None:
         judge()

@@ -3,9 +3,11 @@
 import re
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from gated_delta import plans
 from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
 
 _NOT_SERVED = {
@@ -35,6 +37,13 @@ def arguments(where: str, given: Mapping[str, object], shapes: Mapping[str, str]
         dtypes = INDICES if name == "cu_seqlens" else FLOATS
         args.tensor(name, given[name], shape.lstrip("?"), dtypes, optional=shape[0] == "?", any_stride=True)
     return args
+
+
+def judged(where: str, given: Mapping[str, Any], shapes: Mapping[str, str]) -> None:
+    """:func:`arguments`, once for all calls that look alike; the first tensor may not be left out."""
+    unserved = tuple(name for name in _NOT_SERVED if given.get(name) is not None)
+    options = (where, unserved, *shapes.values())
+    plans.judged(options, tuple(given[name] for name in shapes), lambda: arguments(where, given, shapes))
 
 
 def untested(version: str, first: str, last: str) -> str:

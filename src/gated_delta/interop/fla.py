@@ -15,8 +15,9 @@ from torch import Tensor
 import gated_delta
 from gated_delta import reference
 from gated_delta.errors import OptionError, ShapeError
-from gated_delta.interop import arguments, conv
+from gated_delta.interop import conv, judged
 from gated_delta.interop.conv import equal_lengths, packed
+from gated_delta.validation.arguments import Arguments
 
 Result = tuple[Tensor, Tensor | None]
 TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias")
@@ -52,35 +53,37 @@ def fused_recurrent_gated_delta_rule(
 
 
 def _rule(where: str, given: dict[str, Any]) -> Result:
-    """Both functions, by their parameters: raw gates of equal sequences may go to a recurrent operator, the rest to the
-    chunked one.
-    """
+    """Both functions, by their parameters: equal sequences may go to a recurrent operator."""
     q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias = (given[name] for name in TENSORS)
     scale, keep, l2norm, raw_gate, raw_beta, doubled, v_first = (given[name] for name in OPTIONS)
     shapes = {"q": "B T H K", "k": "B T H K", "v": "B T HV V", "g": "?B T HV", "beta": "?B T HV", "cu_seqlens": "?N+1"}
     shapes["initial_state"] = f"?{'B' if cu_seqlens is None else 'N'} HV {'V K' if v_first else 'K V'}"
-    args = arguments(where, given, shapes)
+    judged(where, given, shapes)
     if cu_seqlens is not None and len(q) != 1:
         raise ShapeError(where, "q", f"of {len(q)} rows", "of 1 row, which cu_seqlens cuts into sequences")
     if doubled and not raw_beta:
         must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
         raise OptionError(where, "allow_neg_eigval", True, must)
     for name in ("g", "A_log") if raw_gate else ():
-        args.needed(name, given[name] is not None, "use_gate_in_kernel makes the decay from it")
+        Arguments(where).needed(name, given[name] is not None, "use_gate_in_kernel makes the decay from it")
     batch, tokens, heads, head_v = v.shape
     states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, head_v, q.shape[-1])
     state = state if state is None or v_first else state.mT
     if raw_gate:
         A_log, dt_bias = A_log.float(), torch.zeros_like(A_log) if dt_bias is None else dt_bias
-        if "recurrent" in where and raw_beta and beta is not None and cu_seqlens is None and tokens:
+    gated = given["g"] is not None and given["beta"] is not None and raw_gate == raw_beta
+    if "recurrent" in where and gated and cu_seqlens is None and tokens:
+        if state is None:
             final = v.new_zeros(states, dtype=torch.float32)
-            if state is not None:
-                final.copy_(state)  # the operator writes its states
-            q, k, v, a, b = (packed(y[None]) for y in (q, k, v, g, beta))
-            output, _ = gated_delta.gated_delta_rule_decode_pretranspose(
-                q, k, v, final, A_log, a, dt_bias, b, scale, use_qk_l2norm=l2norm, allow_neg_eigval=doubled
-            )
-            return output, (final if v_first else final.mT) if keep else None
+        else:  # the operator writes its states
+            final = state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        q, k, v, a, b = (y if y.stride(-1) == 1 else y.contiguous() for y in (q, k, v, g, beta))
+        A_log, dt_bias = (A_log, dt_bias) if raw_gate else (None, None)
+        output, _ = gated_delta.gated_delta_rule_decode_pretranspose(
+            q, k, v, final, A_log, a, dt_bias, b, scale, use_qk_l2norm=l2norm, allow_neg_eigval=doubled
+        )
+        return output, (final if v_first else final.mT) if keep else None
+    if raw_gate:
         g = reference.decay(A_log, g, dt_bias)
     if raw_beta and beta is not None:
         beta = reference.write_strength(beta, allow_neg_eigval=doubled)
@@ -107,7 +110,7 @@ def causal_conv1d(
     """
     shapes = {"weight": "D W", "x": "B T D", "cu_seqlens": "?N+1"}
     shapes["initial_state"] = "?B D W" if cu_seqlens is None else "?N D W"
-    arguments("fla.causal_conv1d", {**locals(), "x": x.flatten(2)}, shapes)
+    judged("fla.causal_conv1d", {**locals(), "x": x.flatten(2)}, shapes)
     assert weight is not None
     rows = packed(x.flatten(2))
     cu_seqlens = equal_lengths(x.shape[0], x.shape[1], x.device) if cu_seqlens is None else cu_seqlens
@@ -126,7 +129,7 @@ def causal_conv1d_update(
     bias: Tensor | None = None, activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token a row, ``[N, D]``, ``[1, N, D]`` or ``[N, 1, D]``; cache ``[N, D, W]`` is written, and returned."""
-    arguments("fla.causal_conv1d_update", locals(), {"weight": "D W", "cache": "N D W"})
+    judged("fla.causal_conv1d_update", locals(), {"weight": "D W", "cache": "N D W"})
     assert weight is not None
     rows = (x.flatten(2) if x.dim() > 3 else x).flatten(0, -2)
     y = conv.causal_conv1d_update(rows, cache, weight, bias, activation).view(x.shape)

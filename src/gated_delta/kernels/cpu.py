@@ -64,8 +64,11 @@ def recurrent(call: Recurrent) -> None:
     q, k = call.q[live].float(), call.k[live].float()
     if call.use_qk_l2norm:
         q, k = reference.l2norm(q), reference.l2norm(k)
-    alpha = reference.decay(call.A_log, call.a[live], call.dt_bias)
-    beta = reference.write_strength(call.b[live], allow_neg_eigval=call.allow_neg_eigval)
+    if call.A_log is None or call.dt_bias is None:
+        alpha, beta = call.a[live].float().exp(), call.b[live]
+    else:
+        alpha = reference.decay(call.A_log, call.a[live], call.dt_bias)
+        beta = reference.write_strength(call.b[live], allow_neg_eigval=call.allow_neg_eigval)
     every = 0 if snapshots is None and token_slots is None else 1
     result, final, states = reference.recurrent(
         q, k, call.v[live], alpha, beta, call.scale, pool[slots].contiguous(), keep_every=every

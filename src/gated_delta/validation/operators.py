@@ -76,6 +76,9 @@ def recurrent(where: str, call: Recurrent, *, state_name: str = "state", single:
     args.number("scale", call.scale, optional=True)
     args.flag("use_qk_l2norm", call.use_qk_l2norm)
     args.flag("allow_neg_eigval", call.allow_neg_eigval)
+    ready, because = call.A_log is None, "gates are ready without A_log"
+    (args.excluded if ready else args.needed)("dt_bias", call.dt_bias is not None, because if ready else "A_log is")
+    args.excluded("allow_neg_eigval=True", ready and call.allow_neg_eigval, because)
     _null_slot(args, call.null_slot, pooled, "initial_state_indices")
     if call.write_slots is not None:
         args.needed("initial_state_indices", pooled, "output_state_indices name slots of a pool")

@@ -22,6 +22,7 @@ from gated_delta import plans
 from gated_delta.batch import GatedDeltaNetBatch, Row
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.layer import GatedDeltaNetAttention
+from gated_delta.prefill import gates
 from gated_delta.state import StatePool
 from gated_delta.testing.inputs import Inputs, prefill_inputs, recurrent_inputs, to_device
 
@@ -88,6 +89,12 @@ def cases(device: str) -> dict[str, Callable[[], object]]:
     x, weight = (torch.randn(*shape, device=device, dtype=torch.bfloat16) for shape in ((1, 8192), (8192, 4)))
     window = torch.zeros(2, 3, 8192, device=device, dtype=torch.bfloat16).transpose(1, 2)
     found["convolution update"] = partial(gd.causal_conv1d_update, x, window, weight, state_indices=slots)
+    many, z = (torch.randn(2048, 16, size, device=device, dtype=torch.bfloat16) for size in (512, 256))
+    starts, per_head = torch.tensor([0, 2048], dtype=torch.int32, device=device), torch.ones(32, device=device)
+    rows = {"conv_states": window, "cu_seqlens": starts, "state_indices": slots, "has_initial_state": None}
+    found["convolution of 2048"] = partial(gd.causal_conv1d, many, weight, head_k=128, **rows)
+    found["gates of 2048"] = partial(gates, per_head, z[..., :2], per_head.clone(), z[..., 2:4])
+    found["gated norm of 2048"] = partial(gd.rms_norm_gated, many[..., :256], z, z.new_ones(256), 1e-6)
     found["layer, a decode step"] = layer_step([Row(1, 1)], device)
     found["layer, a prefill of 2048"] = layer_step([Row(2048, 1, fresh=True)], device)
     return found

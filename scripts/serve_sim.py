@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.profiler import profile, record_function
@@ -29,8 +30,7 @@ from torch.profiler import profile, record_function
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.bench import machine, peers
 from gated_delta.bench.cases import STATES, Case, Heads
-from gated_delta.bench.cli import among, console, parsed, shown
-from gated_delta.cli import pick_device
+from gated_delta.bench.cli import among, console, parsed
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d_update
 from gated_delta.errors import GatedDeltaError, OptionError
@@ -185,9 +185,9 @@ class Swapped(GatedDeltaNetAttention):
         with record_function("translation"):
             state = torch.where(rows["has_initial_state"][:, None, None, None], pool[slots].float(), 0.0)
             q, k = (l2norm(y.float()).to(y.dtype) for y in (q, k))
-            x = {"q": q, "k": k, "v": v.contiguous(), "log_alpha": g, "alpha": g.exp(), "beta": beta}
+            x = {"q": q, "k": k, "v": v.contiguous(), "log_g": g, "g": g.exp(), "beta": beta}
             x |= {"initial_state": state, "output_state": torch.empty_like(state), "cu_seqlens": rows["cu_seqlens"]}
-            x["output"] = torch.empty_like(x["v"])
+            x |= {"output": torch.empty_like(x["v"]), "output_final_state": True, "max_seqlen": max(self.swap.lengths)}
         return self._served("prefill", x, pool, slots, sequences="+".join(map(str, self.swap.lengths)))
 
     def _step(self, p: Projected, state: LayerState, output: Tensor, **rows: Any) -> None:
@@ -199,12 +199,13 @@ class Swapped(GatedDeltaNetAttention):
         c, slots, pool, heads = self.config, rows["state_indices"], state.recurrent, p.heads
         mixed = causal_conv1d_update(p.qkv, state.conv, self.conv1d.weight[:, 0], state_indices=slots)
         with record_function("translation"):
-            tokens = (*self.split_heads(mixed), heads.a.flatten(1), heads.b.flatten(1))
+            tokens = (*c.split_heads(mixed), heads.a.flatten(1), heads.b.flatten(1))
             x = {name: y.contiguous()[:, None] for name, y in zip("qkvab", tokens, strict=True)}
             x |= {"A_log": self.A_log, "dt_bias": self.dt_bias.float(), "output": torch.empty_like(x["v"])}
             form, stored = ("pool", "bf16") if pool.dtype == torch.bfloat16 else ("V-major", "fp32")
-            x["slots"] = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
-            x["state"] = pool[slots].to(STATES[stored])
+            index = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
+            in_pool = {"state": None, "initial_state": pool[slots], "initial_state_indices": index}
+            x |= in_pool if form == "pool" else {"state": pool[slots].float()}
         core = self._served("decode", x, pool, slots, form=form, batch=len(slots), state=stored).view_as(heads.z)
         output = output.view_as(heads.z)
         rms_norm_gated(core, heads.z, self.norm.weight, c.norm_eps, c.output_gate, output=output)
@@ -363,7 +364,7 @@ def serve_command(
     device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
 ) -> None:
     """Serve a trace of requests by a stack of layers, with our kernels and with peers' swapped in."""
-    place = pick_device(device)
+    place = machine.pick_device(device)
     parsed(model, "MODEL", among(MODELS))
     parsed(state, "--state", among(STATES))
     asked = random_trace(requests, rate, prompt, output, seed) if trace is None else read_trace(trace)
@@ -371,7 +372,7 @@ def serve_command(
     names, _ = peers.choose(parsed(peers_, "--peers", str), place)
     names = [name for name in names if name != peers.SEPARATE]
     rows, facts = list[dict[str, str]](), machine.facts(place)
-    for name in shown(names, "serving", len(names)):
+    for name in track(names, "serving", console=console):
         found = serve(name, model, layers, asked, settings, place) | facts
         rows.append({key: f"{x:.6g}" if isinstance(x, float) else str(x) for key, x in found.items()})
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -18,8 +18,8 @@ from rich.progress import track
 from gated_delta.bench import check
 from gated_delta.bench.cases import GATES, PLAN, Case, Heads
 from gated_delta.bench.inputs import make_sets
+from gated_delta.bench.machine import pick_device
 from gated_delta.bench.peers import ours
-from gated_delta.cli import pick_device
 
 SETTLED = 0.2
 """Part of the calls after which memory should not grow: everything has been compiled and cached."""

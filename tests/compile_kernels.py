@@ -36,11 +36,8 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 BF16, FP16, FP32, INT = torch.bfloat16, torch.float16, torch.float32, torch.int32
 LAUNCHES: Any = import_module("gated_delta.kernels.triton.launch")
 OPERATORS: Any = import_module("gated_delta.kernels.triton")
-HOSTS: dict[str, Any] = {
-    name: import_module(f"gated_delta.kernels.triton.{name}")
-    for name in ("recurrent", "prefill", "conv", "gates", "norm", "step")
-}
-HOSTS["hopper"] = import_module("gated_delta.kernels.gluon.prefill")
+PREFILLS: Any = import_module("gated_delta.kernels.triton.prefill")
+HOPPERS: Any = import_module("gated_delta.kernels.gluon.prefill")
 
 
 class Launch(NamedTuple):
@@ -69,7 +66,7 @@ def recurrent(
         q, q, v, empty(rows + 1, 32, 128, 128, dtype=state), v_first, gate, a, gate, a, 128**-0.5, True, False, read,
         -1, update, None, after, buffer, torch.empty_like(v), True,
     )  # fmt: skip
-    OPERATORS.recurrent(given)
+    OPERATORS.bound_recurrent(given)
 
 
 def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, head_v: int = 128) -> None:
@@ -92,7 +89,7 @@ def hopper(
     """The same by the kernels for Hopper, and by their other plans: so many groups (the third prepares), parts of so
     many tokens, room for so many chunks.
     """
-    HOSTS["hopper"].plan = lambda *_: HOSTS["hopper"].Plan(min(groups, 2), part, groups == 3, stages)
+    HOPPERS.plan = lambda *_: HOPPERS.Plan(min(groups, 2), part, groups == 3, stages)
     q, v, gate = empty(8192, 16, 128, dtype=dtype), empty(8192, 32, 128, dtype=dtype), empty(8192, 32, dtype=FP32)
     starts, slots = empty(9, dtype=INT), empty(8, dtype=INT)
     pool = empty(64, 32, 128, 128, dtype=FP32)
@@ -101,7 +98,7 @@ def hopper(
         q, q, v, gate, gate, 128**-0.5, starts, None, slots.bool(), slots, -1, True, norm, log, torch.empty_like(v),
         True, pool, *kept, False,
     )  # fmt: skip
-    HOSTS["hopper"].bound_prefill(given)
+    HOPPERS.bound_prefill(given)
 
 
 def conv(head_k: int = 0) -> None:
@@ -110,17 +107,17 @@ def conv(head_k: int = 0) -> None:
     y, starts, slots = torch.empty_like(x), empty(65, dtype=INT), empty(64, dtype=INT)
     x = empty(4096, 16, 768)[..., :512] if head_k else x
     rows = starts, slots, slots.bool()
-    OPERATORS.causal_conv1d(library.CausalConv1d(x, weight, None, states, *rows, True, -1, head_k, y))
+    OPERATORS.bound_causal_conv1d(library.CausalConv1d(x, weight, None, states, *rows, True, -1, head_k, y))
 
 
 def gates() -> None:
     ba, gate, made = empty(4096, 16, 4), empty(32, dtype=FP32), empty(4096, 32, dtype=FP32)
-    OPERATORS.gates(library.Gates(gate, ba[..., 2:], gate, ba[..., :2], False, made, made))
+    OPERATORS.bound_gates(library.Gates(gate, ba[..., 2:], gate, ba[..., :2], False, made, made))
 
 
 def conv_update(states: Tensor) -> None:
     x, y, slots = empty(64, 8192), empty(64, 8192), empty(64, dtype=INT)
-    OPERATORS.causal_conv1d_update(
+    OPERATORS.bound_causal_conv1d_update(
         library.CausalConv1dUpdate(x, states, empty(8192, 4), None, True, slots, None, None, -1, y)
     )
 
@@ -146,12 +143,12 @@ def step(
         gate, empty(head_v), head_k**-0.5, 1e-6, "silu", False, slots, starts, accepted, empty(65, 16, dtype=INT), -1,
         empty(tokens, heads, head_v, dtype=dtype),
     )  # fmt: skip
-    OPERATORS.gated_delta_net_step(given)
+    OPERATORS.bound_gated_delta_net_step(given)
 
 
 def norm() -> None:
     x = empty(4096, 32, 128)
-    OPERATORS.rms_norm_gated(library.RmsNormGated(x, x, empty(128), 1e-6, "silu", x))
+    OPERATORS.bound_rms_norm_gated(library.RmsNormGated(x, x, empty(128), 1e-6, "silu", x))
 
 
 DECODE: dict[str, Callable[[], None]] = {
@@ -242,15 +239,12 @@ def recorded(case: Callable[[], None], shared: int) -> list[Launch]:
     found: list[Launch] = []
 
     def launch(
-        kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1, registers: Any = None,
-        bound: int = 0,
+        kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1, registers: Any = None
     ) -> None:  # fmt: skip
         found.append(Launch(kernel, tuple(args), dict(constants), warps, stages, registers))
 
-    for host in HOSTS.values():
-        host.launch = launch
     LAUNCHES.bind = launch
-    HOSTS["prefill"]._shared_memory, HOSTS["prefill"]._processors = lambda device: shared, lambda device: 132
+    PREFILLS._shared_memory, PREFILLS._processors = lambda device: shared, lambda device: 132
     case()
     return found
 

@@ -161,15 +161,13 @@ class Plain:
 
 
 def bind(
-    kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], *, bound: int, **options: Any
+    kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], **options: Any
 ) -> Callable[..., None]:  # fmt: skip
     """As the library's, with tensors for addresses."""
-    numbers = args[len(args) - bound :]
     tiles = {i: at(x, None) for i, x in enumerate(args) if isinstance(x, TensorDescriptor)}
 
     def start(*given: Any) -> None:
-        memory = (at(tiles[i], x) if i in tiles else x for i, x in enumerate(given))
-        launch(kernel, grid, (*memory, *numbers), constants, **options)
+        launch(kernel, grid, [at(tiles[i], x) if i in tiles else x for i, x in enumerate(given)], constants, **options)
 
     return start
 

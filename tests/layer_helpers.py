@@ -87,7 +87,7 @@ def trace(
     a, b, z = p.heads.a.flatten(1), p.heads.b.flatten(1), p.heads.z.flatten(1, 2)
     starts, history = torch.tensor([0, len(hidden)]), torch.zeros(1, c.conv_width - 1, c.conv_dim)
     mixed = oracle.conv(p.qkv, layer.conv1d.weight[:, 0], None, history, starts, "silu", dtype=dtype).to(stored)
-    q, k, v = (x[None].to(dtype) for x in layer.split_heads(mixed))
+    q, k, v = (x[None].to(dtype) for x in layer.config.split_heads(mixed))
     q, k = reference.l2norm(q), reference.l2norm(k)
     alpha = reference.decay(layer.A_log, a, layer.dt_bias, dtype=dtype)[None]
     beta = reference.write_strength(b, allow_neg_eigval=c.allow_neg_eigval, dtype=dtype)[None]

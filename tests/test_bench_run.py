@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from gated_delta.bench import cli as bench_cli
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.peers.fla import TRANSFORMERS
 from gated_delta.bench.records import Row
-from gated_delta.bench.run import Bench, BenchError, Step, Worker
+from gated_delta.bench.run import STARTING, Bench, BenchError, Step, Worker
 from test_cli import Result
 
 HEADS = Heads(1, 1, 32, 32)
@@ -119,18 +119,38 @@ def test_a_peer_costs_its_rows_and_no_others(pretend: Pretend) -> None:
     assert sum(row.group == records.CEILINGS for row in rows) == 5
 
 
-def test_who_is_blamed() -> None:
-    bench = Bench("cpu", [peers.OURS, "fla"], CASES, {})
-    with pytest.raises(BenchError, match=r"the measuring process cannot begin \(exit status 1 while: starting\)"):
-        list(bench._blame(Step(None, "", "starting"), "crashed", "exit status 1 while: starting"))
-    assert list(bench._blame(Step(CASES[1], "", "making inputs"), "crashed", "exit status -9")) == [CASES[1]]
-    (row,) = bench._rows[CASES[1]]
-    assert (row.case, row.contender, row.status, row.note) == (CASES[1].name, peers.OURS, "failed", "exit status -9")
-    assert (
-        list(bench._blame(Step(CASES[0], "fla", "check"), "hung", "did not answer")) == []
-    )  # measured again, without it
-    assert bench._worker(CASES[:1], bench.peers).left_out == {("prefill", "fla")}
-    assert bench._ended[CASES[0]][0].status == "hung"
+class Silent:
+    """A worker that ends in the step that is next."""
+
+    steps: ClassVar[list[Step]] = []
+
+    def __init__(self, device: str) -> None:
+        self.last, self.hung = self.steps.pop(0), False
+
+    def ask(self, case: Case | None, names: Sequence[str], limit: float) -> list[Row] | None:
+        return [] if case is None and self.last != STARTING else None
+
+    def end(self, seconds: float = 5.0) -> str:
+        return "exit status -9"
+
+
+def test_who_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contender, left out from then on; ours, where it is nobody's; the run, before there is a case."""
+    told: list[str] = []
+    bench = Bench("cpu", [peers.OURS, "fla"], CASES, {}, tell=told.append)
+    monkeypatch.setattr(run, "Process", Silent)
+    Silent.steps = [STARTING, Step("fla", "check"), Step("", "making inputs"), STARTING]
+    with pytest.raises(BenchError, match=r"the measuring process cannot begin \(exit status -9 while: starting\)"):
+        bench._measure(None)
+    failed, crashed = bench._measure(CASES[1])
+    note = "exit status -9 while: making inputs"
+    assert (failed.case, failed.contender, failed.status, failed.note) == (CASES[1].name, peers.OURS, "failed", note)
+    note = "exit status -9 while: check; left out of prefill from here on"
+    assert (crashed.case, crashed.contender, crashed.status, crashed.note) == (CASES[1].name, "fla", "crashed", note)
+    assert bench._left_out == {("prefill", "fla")}
+    assert told[1] == f"{CASES[1].name}: the worker crashed (exit status -9 while: making inputs)"
+    with pytest.raises(BenchError):
+        bench._measure(CASES[2])
 
 
 class Pipe:
@@ -143,14 +163,9 @@ class Pipe:
         self.said.append(event)
 
 
-def worker_of(cases: list[Case]) -> tuple[Worker, Pipe]:
-    machine = [
-        Row("ceilings", name, "machine", us=1.0) for name in ("product", "smallest", "in-place", "write", "read")
-    ]
-    pipe = Pipe()
-    own = Worker("cpu", [peers.OURS], cases, machine, set())
-    own.pipe = pipe  # type: ignore[assignment]
-    return own, pipe
+def worker_of(case: Case) -> tuple[Worker, Pipe]:
+    pipe: Any = Pipe()
+    return Worker(torch.device("cpu"), case, [peers.OURS], pipe), pipe
 
 
 def test_a_failure_that_takes_the_device_along_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,25 +175,24 @@ def test_a_failure_that_takes_the_device_along_ends_the_worker(monkeypatch: pyte
     def left(status: int) -> None:
         raise SystemExit(status)
 
-    own, pipe = worker_of(CASES[:1])
-    monkeypatch.setattr(own, "_synchronize", broken)
+    own, pipe = worker_of(CASES[0])
+    monkeypatch.setattr(run, "synchronize", broken)
     monkeypatch.setattr(peers, "bind", broken)
     monkeypatch.setattr(run.os, "_exit", left)
     with pytest.raises(SystemExit):
         own.measure()
-    assert pipe.said[-1] == Step(CASES[0], peers.OURS, "RuntimeError: illegal memory access (test_bench_run.py)")
+    assert pipe.said[-1] == Step(peers.OURS, "RuntimeError: illegal memory access (test_bench_run.py)")
 
 
 def test_a_case_without_memory_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*args: object) -> None:
         raise torch.OutOfMemoryError("no memory\nat all")
 
-    own, pipe = worker_of(CASES[:2])
     monkeypatch.setattr(run, "make_sets", no_memory)
-    own.measure()
-    done = [event for event in pipe.said if not isinstance(event, Step)]
-    assert [[row.status for row in rows] for rows in done] == [["failed"], ["failed"]]
-    assert done[0][0].note == "OutOfMemoryError: no memory at all (test_bench_run.py)"
+    for case in CASES[:2]:
+        (row,) = worker_of(case)[0].measure()
+        assert (row.case, row.status) == (case.name, "failed")
+        assert row.note == "OutOfMemoryError: no memory at all (test_bench_run.py)"
 
 
 def test_compiling_ahead_runs_every_contender_once(
@@ -194,7 +208,7 @@ def test_compiling_ahead_runs_every_contender_once(
     assert told[0] == "compiling ahead in 2 processes"
     assert re.fullmatch(r"compiled in \d+ s", told[1])
     assert (tmp_path / "notes").read_text() == "1 0\n"
-    assert bench._rows == {}
+    assert bench._process is None
 
 
 def test_compiling_ahead_ends_in_time(pretend: Pretend) -> None:

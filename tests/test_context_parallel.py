@@ -168,11 +168,11 @@ def test_on_any_gpu() -> None:
     assert_right(inputs, *in_turns(inputs, [0, 40, 170], backend="triton"))
 
 
-def _without_state(maps: Tensor, state: Tensor) -> Tensor:
+def _without_state(state: Tensor, maps: Tensor) -> Tensor:
     return maps[..., maps.shape[-1] :, :]
 
 
-def _transposed(maps: Tensor, state: Tensor) -> Tensor:
+def _transposed(state: Tensor, maps: Tensor) -> Tensor:
     a, b = maps.tensor_split([maps.shape[-1]], dim=-2)
     return state @ a.mT + b
 

@@ -174,7 +174,7 @@ def test_what_is_not_served_of_fla_is_named() -> None:
             fla.causal_conv1d(x, weight, **{name: some})  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="weight is None; it must be a tensor"):
         fla.causal_conv1d(x)
-    with pytest.raises(ArgumentError, match=r"initial_state is of shape \[2, 8, 3\]; it must be \[N, D, W\]"):
+    with pytest.raises(ArgumentError, match=r"initial_state is of shape \[2, 8, 3\]; it must be \[B, D, W\] with B=2"):
         fla.causal_conv1d(x, weight, initial_state=normal(2, DIM, WIDTH - 1))
     with pytest.raises(ArgumentError, match=r"cache is of shape \[2, 8, 3\]; it must be \[N, D, W\]"):
         fla.causal_conv1d_update(x[:, 0], normal(2, DIM, WIDTH - 1), weight=weight)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gated_delta as gd
-from gated_delta.kernels import cpu
+from gated_delta import library
 from gated_delta.library import CausalConv1dUpdate as Update
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
@@ -282,11 +282,11 @@ def test_update_of_equal_rows_needs_no_starts(tokens: int) -> None:
     x = whole(5, 4, D + 4)[:, 1 : 1 + tokens, 2:-2]
     x, weight, outputs = x[:, 0] if tokens == 1 else x, whole(D, 4, seed=1), []
     states = pool(5, 3).copy_(whole(5, D, 3, seed=2))
-    for module, device, cu in ((cpu, "cpu", starts([tokens] * 5)), (kernels, DEVICE, None)):
+    for backend, device, cu in (("cpu", "cpu", starts([tokens] * 5)), ("triton", DEVICE, None)):
         given, after = copied(x if cu is None else x.reshape(-1, D), device), copied(states, device)
-        y = torch.empty(given.shape, device=device)
-        module.causal_conv1d_update(Update(given, after, weight.to(device), None, False, None, None, cu, -1, y))
-        outputs.append((y.view(x.shape).cpu(), memory(after).cpu()))
+        call = Update(given, after, weight.to(device), None, False, None, None, cu, -1, given.new_empty(given.shape))
+        library.run("causal_conv1d_update", call, backend)
+        outputs.append((call.output.view(x.shape).cpu(), memory(after).cpu()))
     assert torch.equal(outputs[1][0], outputs[0][0])
     assert same_bits(outputs[1][1], outputs[0][1])
 
@@ -370,13 +370,13 @@ def test_norm(dtype: torch.dtype, activation: str, shape: tuple[int, ...]) -> No
 )  # fmt: skip
 def test_norm_takes_two_strides(orders: tuple[str, str], taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leading dimensions in any order are read in place if two strides reach them."""
-    original, copies = norms.launch, []
+    original, copies = norms.Launches.add, []
 
-    def launch(kernel: Any, grid: Any, args: tuple[Any, ...], *rest: Any, **options: Any) -> None:
-        copies.extend(args[i].is_contiguous() for i in (0, 3))
-        original(kernel, grid, args, *rest, **options)
+    def add(self: Any, *given: Any, **options: Any) -> None:
+        copies.extend(given[2][i].is_contiguous() for i in (0, 3))
+        original(self, *given, **options)
 
-    monkeypatch.setattr(norms, "launch", launch)
+    monkeypatch.setattr(norms.Launches, "add", add)
     sizes, views = (4, 5, 6), []
     for seed, order in enumerate(orders):
         stored = normal(*(sizes[int(i)] for i in order), 40, seed=seed)

@@ -234,7 +234,7 @@ def test_which_kernel_serves(
 ) -> None:
     used = []
     monkeypatch.setattr(plans, "_PLANS", {})
-    monkeypatch.setattr(host, "launch", lambda kernel, *_, **__: used.append(kernel))
+    monkeypatch.setattr(host.Launches, "add", lambda _, kernel, *args, **options: used.append(kernel))
     pooled(small(1, tokens, state_dtype=state_dtype), [1], **options)
     assert used == [getattr(host, kernel)]
 

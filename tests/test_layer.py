@@ -66,7 +66,7 @@ def test_project_reads_the_checkpoint_layout(layout: str, heads: tuple[int, int]
     p = layer.project(hidden)
     z = p.heads.z.flatten(1, 2)
     assert z.shape == (9, heads[1], config.head_v_dim)
-    q, k, v = layer.split_heads(p.qkv)
+    q, k, v = layer.config.split_heads(p.qkv)
     assert q.shape == k.shape == (9, heads[0], config.head_k_dim)
     assert v.shape == z.shape
     actual = {"q": q, "k": k, "v": v, "z": z, "b": p.heads.b, "a": p.heads.a}

@@ -22,11 +22,19 @@ from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.errors import OptionError
 from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.model.config import HybridConfig
-from gated_delta.model.generation import LONGEST_MATCH, SHORTEST_MATCH, Options, Sampler, Summary, generate, look_up
-from gated_delta.model.network import Block, HybridLM
-from gated_delta.model.scoring import ROWS, score
+from gated_delta.model.generation import (
+    LONGEST_MATCH,
+    ROWS,
+    SHORTEST_MATCH,
+    Options,
+    Sampler,
+    Summary,
+    generate,
+    look_up,
+    score,
+)
+from gated_delta.model.network import Block, HybridLM, load_model
 from gated_delta.model.session import Session
-from gated_delta.model.weights import load_model
 from gated_delta.testing.budget import assert_within_budget, judge
 from layer_helpers import normal
 

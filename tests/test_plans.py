@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gated_delta as gd
-from gated_delta import decode, plans
+from gated_delta import decode, library, plans
 from gated_delta.errors import ArgumentError
 from gated_delta.testing.inputs import Inputs, recurrent_inputs, to_device
 from gated_delta.validation import operators
@@ -19,9 +19,10 @@ from helpers import DEVICE, assert_recurrent, nans, same_bits
 
 
 class RecurrentCall(NamedTuple):
-    """What :func:`gated_delta.decode._run` takes, by name."""
+    """What :func:`gated_delta.decode._recurrent` takes, by name."""
 
     where: str
+    state_name: str
     scale: float | None
     use_qk_l2norm: bool
     allow_neg_eigval: bool
@@ -44,12 +45,13 @@ class RecurrentCall(NamedTuple):
     snapshots: Tensor | None = None
 
 
+TENSORS = library.TENSORS[library.Recurrent]
 FEW = ("q", "k", "v", "state", "A_log", "a", "dt_bias", "b")
 OPTIONAL = ("output", "read_slots", "write_slots", "token_slots", "snapshots")
 
 
 class Launch:
-    """What a plan launches here: it notes its pointers."""
+    """What is launched here: it notes its pointers, in the order of :class:`gated_delta.library.Recurrent`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int | None, ...]] = []
@@ -61,7 +63,7 @@ class Launch:
 def call_of(**changes: Any) -> RecurrentCall:
     """A call of two rows over one state each, as the operator makes it."""
     inputs = recurrent_inputs(2, h=1, hv=2, head_k=32, head_v=32)
-    where = ("gated_delta_rule_decode_pretranspose", None, True, False, "auto", True, None, True)
+    where = ("gated_delta_rule_decode_pretranspose", "state", None, True, False, "auto", True, None, True)
     return RecurrentCall(*where, **inputs, output=None)._replace(**changes)
 
 
@@ -72,23 +74,35 @@ def full_call(**changes: Any) -> RecurrentCall:
     return call_of(**slots, output=nans(2, 1, 2, 32, dtype=torch.bfloat16), **changes)
 
 
+def split(call: RecurrentCall) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Options and tensors, as plans look for them."""
+    return ("recurrent", *call[:9]), tuple(call[9:])
+
+
 def kept(call: RecurrentCall) -> Launch:
     """A plan for this call."""
-    launch = Launch()
-    if plans.keeps(call[8:]):
-        plans.keep(call[:8], call[8:], launch)
+    launch, (options, given) = Launch(), split(call)
+    output = call.q.new_empty(call.v.shape) if call.output is None else call.output
+    named = {**dict.fromkeys(library.Recurrent._fields), **call._asdict(), "output": output}
+    record = library.Recurrent(*(named[name] for name in library.Recurrent._fields))
+    if plans.keeps(given):
+        plans.keep(options, given, plans._again(record, given, output, launch))
     return launch
 
 
 def run(call: RecurrentCall) -> Tensor | None:
     """Run a call for which there is a plan, else None."""
-    return None if plans.find(call[:8], call[8:]) is None else decode._run(tuple(call))
+    return (
+        None
+        if plans.find(*split(call)) is None
+        else plans.run("recurrent", call[:9], tuple(call[9:]), decode._recurrent)
+    )
 
 
 def pointers(call: RecurrentCall, output: Tensor) -> tuple[int | None, ...]:
-    """In the order of the kernels' parameters."""
+    """In the order of the record."""
     named = {**call._asdict(), "output": output}
-    return tuple(None if named[name] is None else named[name].data_ptr() for name in (*FEW, *OPTIONAL))
+    return tuple(None if named[name] is None else named[name].data_ptr() for name, *_ in TENSORS)
 
 
 # --- hits -------------------------------------------------------------------------------------------------------------
@@ -112,7 +126,7 @@ def test_what_is_left_out_is_none(left_out: str) -> None:
     output = run(call)
     assert output is not None
     assert launch.calls == [pointers(call, output)]
-    assert left_out == "output" or launch.calls[0][8 + OPTIONAL.index(left_out)] is None
+    assert left_out == "output" or launch.calls[0][[name for name, *_ in TENSORS].index(left_out)] is None
 
 
 def test_every_hit_has_its_own_output() -> None:
@@ -174,8 +188,8 @@ def test_another_look_is_judged_anew(name: str, how: str) -> None:
 
 
 OPTIONS = {
-    "where": "gated_delta_rule_mtp", "scale": 0.5, "use_qk_l2norm": False, "allow_neg_eigval": True, "backend": "cpu",
-    "update": False, "null_slot": 0, "state_v_first": False,
+    "where": "gated_delta_rule_mtp", "state_name": "initial_state", "scale": 0.5, "use_qk_l2norm": False,
+    "allow_neg_eigval": True, "backend": "cpu", "update": False, "null_slot": 0, "state_v_first": False,
 }  # fmt: skip
 
 

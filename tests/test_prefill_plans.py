@@ -319,11 +319,11 @@ def test_the_launcher_gets_what_triton_would_give_it(
     hook = SimpleNamespace(calls=["a profiler"] * profiled)
     monkeypatch.setattr(launch.knobs, "runtime", SimpleNamespace(launch_enter_hook=hook, launch_exit_hook=hook))
     kernel = Launcher(scratch)
-    tiles = {1: kernel.base(0), 2: kernel.base(0)}
-    start = launch._start(kernel, Launcher.GRID, tiles, (5, 6), Launcher.DEVICE)
+    tiles = [(1, kernel.base(0)), (2, kernel.base(0))]
+    start = launch._start(kernel, Launcher.GRID, tiles, (6,), Launcher.DEVICE)
     for addresses in ((16, 32, 48, 64), (16, 32, 48, 80), (16, 32, 96, 64)):
         a, b, c, d = addresses
-        start(*addresses)
+        start(*addresses, 5)
         hooks = (None, hook, hook) if profiled else (None, None, None)
         whole = (a, kernel.base(b), kernel.base(c), d, 5, 6)
         kernel.run(*Launcher.GRID, Launcher.STREAM, kernel.function, kernel.packed_metadata, *hooks, *whole)

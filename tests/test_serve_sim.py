@@ -38,7 +38,7 @@ def peer(case: Case, x: dict[str, Any]) -> peers.Bound:
         x["state"].copy_(found.state)
         return found
 
-    call = partial(oracle.prefill, **given, g=x["alpha"], dtype=torch.float32) if case.operation == "prefill" else step
+    call = partial(oracle.prefill, **given, g=x["g"], dtype=torch.float32) if case.operation == "prefill" else step
     return peers.returning(call, lambda output, state, _: {"output": output, "state": state})
 
 

@@ -295,8 +295,7 @@ def _leaves(dtype: torch.dtype, heads: tuple[int, int, int] = (1, 1, 2)) -> list
 
 def _by_chunks(chunk: int) -> Rule:
     def rule(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        result = reference.chunked(q, k, v, alpha, beta, 0.7, state, SPANS, chunk=chunk, dtype=q.dtype)
-        return result.output, result.state
+        return reference.chunked(q, k, v, alpha, beta, 0.7, state, SPANS, chunk=chunk, dtype=q.dtype)[:2]
 
     return rule
 

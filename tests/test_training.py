@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from gated_delta.model.weights import load_model, weights_facts
+from gated_delta.model.network import load_model, weights_facts
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gated_delta.errors import OptionError
+from gated_delta.errors import DataError, OptionError
+from gated_delta.library import slot_number
+from gated_delta.validation import data
 from gated_delta.validation.arguments import INDICES, Arguments
 
 
@@ -49,12 +51,12 @@ class GatedDeltaNetBatch:
         DtypeError: one that is no index. DeviceError: one on another device than the rest.
     """
 
-    num_prefills: int
-    num_prefill_tokens: int
-    num_decodes: int
-    num_decode_tokens: int
-    num_spec_decodes: int
-    num_spec_decode_tokens: int
+    num_prefills: int = 0
+    num_prefill_tokens: int = 0
+    num_decodes: int = 0
+    num_decode_tokens: int = 0
+    num_spec_decodes: int = 0
+    num_spec_decode_tokens: int = 0
     num_actual_tokens: int
     has_initial_state: Tensor | None = None
     """bool ``[non-spec rows]``; True for decodes, whose slots are always read"""
@@ -106,12 +108,24 @@ class GatedDeltaNetBatch:
             if needed:
                 args.tensor(name, getattr(self, name), shape, INDICES, any_stride=True)
         if rows:
-            args.optional("has_initial_state", self.has_initial_state, "rows", (torch.bool,), any_stride=True)
+            known = self.has_initial_state
+            args.tensor("has_initial_state", known, "rows", (torch.bool,), optional=True, any_stride=True)
 
     @property
     def num_row_tokens(self) -> int:
         """Tokens that belong to rows."""
         return self.num_decode_tokens + self.num_prefill_tokens + self.num_spec_decode_tokens
+
+    def judge_slots(self, pool: Tensor, null_slot: int | None) -> None:
+        """In checked mode: the slots of all rows, before the first is written, and that decodes have a history: a
+        one-token row that starts a sequence is a prefill, for the one-token operator reads whatever the slot holds.
+        """
+        where = "GatedDeltaNetAttention"
+        for name in ("non_spec_state_indices", "spec_state_indices"):
+            data.slots(where, name, getattr(self, name), pool, slot_number(null_slot), written=True)
+        if self.has_initial_state is not None and not bool(self.has_initial_state[: self.num_decodes].all()):
+            must = "True for every decode (a fresh row is a prefill, of one token too)"
+            raise DataError(where, "has_initial_state", "False for a decode", must)
 
     @classmethod
     def build(
@@ -136,10 +150,8 @@ class GatedDeltaNetBatch:
             return torch.tensor(values, dtype=dtype, device=device)
 
         index: dict[bool, list[int]] = {False: [], True: []}
-        position = 0
-        for row in rows:
-            index[isinstance(row, SpecRow)] += range(position, position + row.tokens)
-            position += row.tokens
+        for row, end in zip(rows, accumulate(row.tokens for row in rows), strict=True):
+            index[isinstance(row, SpecRow)] += range(end - row.tokens, end)
         padded = [[*row.slots, *[-1] * (num_spec + 1 - len(row.slots))] for row in spec]
         return cls(
             num_prefills=len(plain) - decodes,
@@ -148,7 +160,7 @@ class GatedDeltaNetBatch:
             num_decode_tokens=decodes,
             num_spec_decodes=len(spec),
             num_spec_decode_tokens=len(index[True]),
-            num_actual_tokens=position,
+            num_actual_tokens=len(index[False]) + len(index[True]),
             has_initial_state=tensor([not row.fresh for row in plain], torch.bool),
             non_spec_query_start_loc=tensor([*accumulate((row.tokens for row in plain), initial=0)]),
             non_spec_state_indices=tensor([row.slot for row in plain]),

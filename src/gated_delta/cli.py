@@ -4,6 +4,7 @@ import codecs
 import importlib.util
 import platform
 import sys
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -15,18 +16,19 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
 from gated_delta import __version__
 from gated_delta.bench import machine
 from gated_delta.bench.cli import app as bench_app
-from gated_delta.bench.cli import existing_file, shown
+from gated_delta.bench.cli import existing_file
+from gated_delta.bench.machine import pick_device
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
 from gated_delta.model.checkpoint import generate_checkpoint
-from gated_delta.model.generation import Options, Summary, generate
-from gated_delta.model.scoring import score
-from gated_delta.model.weights import load_model, weights_facts
+from gated_delta.model.generation import Options, Summary, generate, score
+from gated_delta.model.network import load_model, weights_facts
 from gated_delta.testing.selftest import CASES
 
 app = typer.Typer(
@@ -39,18 +41,6 @@ console = Console()
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda"; auto takes a GPU that a backend serves.')]
-
-
-def pick_device(name: str) -> str:
-    """The device to run on: "auto" is a GPU if every operator is served there, else the CPU."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise OptionError("command line", "--device", repr(name), '"auto", "cpu" or "cuda"')
-    if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("command line", "--device", '"cuda"', '"cpu": torch sees no GPU here')
-    if name != "auto":
-        return name
-    served = all(explain(operator, device="cuda").chosen for operator in OPERATORS)
-    return "cuda" if torch.cuda.is_available() and served else "cpu"
 
 
 def printable(text: str) -> str:
@@ -114,8 +104,8 @@ def score_command(
     table = Table("state", "bits per byte", "against fp32", title=title)
     exact: float | None = None
     for name, dtype in STATE_DTYPES.items():
-        words = f"state in {name}"
-        bits = score(model, text, state_dtype=dtype, track=lambda steps, words=words: shown(steps, words, len(steps)))
+        progress = partial(track, description=f"state in {name}", console=console)
+        bits = score(model, text, state_dtype=dtype, track=progress)
         exact = bits if exact is None else exact
         table.add_row(name, f"{bits:.4f}", f"{bits - exact:+.6f}")
     console.print(table)
@@ -127,7 +117,7 @@ def check_command(device: DeviceOption = "auto") -> None:
     place = pick_device(device)
     table = Table("operator", "case", "result", "error", "budget", "", title=f"error against float64, on {place}")
     failures = 0
-    for case in shown(CASES, "checking", len(CASES)):
+    for case in track(CASES, "checking", console=console):
         for verdict in case.run(place):
             failures += not verdict.within
             mark = "[green]ok[/]" if verdict.within else "[bold red]over[/]"

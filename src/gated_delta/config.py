@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from gated_delta.errors import OptionError
 from gated_delta.validation.arguments import HEAD_SIZES, LISTED_HEAD_SIZES, Arguments
 
@@ -121,3 +123,9 @@ class GatedDeltaNetConfig:
     @property
     def conv_dim(self) -> int:
         return 2 * self.key_dim + self.value_dim
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[L, conv_dim]`` -> q and k ``[L, Hk, K]``, v ``[L, HV, V]``, all views."""
+        q, k, v = qkv.split_with_sizes((self.key_dim, self.key_dim, self.value_dim), -1)
+        heads = (-1, self.num_k_heads, self.head_k_dim)
+        return q.view(heads), k.view(heads), v.view(-1, self.num_v_heads, self.head_v_dim)

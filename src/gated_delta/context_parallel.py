@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,7 @@ def context_parallel_gated_delta_rule(
         args.tensor(name, x, spec, FLOATS)
     length, head_k, heads = len(q), k.shape[2], max(q.shape[1], v.shape[1], 1)
     args.bind("HS", heads, "max(HQ, HV)")
-    args.optional("initial_state", initial_state, "1 HS V K", FLOATS)
+    args.tensor("initial_state", initial_state, "1 HS V K", FLOATS, optional=True)
     output = q.new_empty(length, heads, v.shape[2]) if output is None else output
     pieces = max(min(FILLED // heads, length // LEAST), 1) if own.rank else 1
     size = CHUNK * max(-(-length // (CHUNK * pieces)), 1)
@@ -79,12 +80,10 @@ def context_parallel_gated_delta_rule(
     rule(v=v, initial_state=None if own.rank else initial_state, output=output, output_state=maps[:, :, head_k:])
     reads = _reads(rule, maps, output, v) if own.rank else output
     parts = own.gathered(maps[-1])
-    states = [parts[0, :, head_k:]]
-    for part in parts[1:]:
-        states.append(_applied(part, states[-1]))
+    states = [*accumulate(parts[1:], _applied, initial=parts[0, :, head_k:])]
     if own.rank:
         before = states[own.rank - 1]
-        for i, state in enumerate((before, *_applied(maps[:-1], before))):
+        for i, state in enumerate((before, *_applied(before, maps[:-1]))):
             tokens = slice(i * size, (i + 1) * size)
             output[tokens].transpose(0, 1).baddbmm_(reads[tokens].transpose(0, 1), state.mT.to(output.dtype))
     if not output_final_state:
@@ -107,7 +106,7 @@ def _reads(rule: Callable[..., object], maps: Tensor, output: Tensor, v: Tensor)
     return reads
 
 
-def _applied(maps: Tensor, state: Tensor) -> Tensor:
+def _applied(state: Tensor, maps: Tensor) -> Tensor:
     """``S A + B``."""
     a, b = maps.tensor_split([maps.shape[-1]], dim=-2)
     return state @ a + b

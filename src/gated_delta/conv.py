@@ -1,11 +1,12 @@
 """Causal depthwise convolution with carried state: packed prefill, and the update for decode and speculation."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gated_delta import dispatch, library
+from gated_delta import dispatch, library, plans
 from gated_delta.validation import data, operators
 
 
@@ -38,11 +39,10 @@ def causal_conv1d(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.CausalConv1d._make((
-        x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activation is not None, null_slot,
-        head_k, None,
-    ))  # fmt: skip
-    return _run(library.causal_conv1d, call, activation, backend)
+    return plans.run(
+        "causal_conv1d", (activation, null_slot, head_k, backend),
+        (x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state), _prefill,
+    )  # fmt: skip
 
 
 def causal_conv1d_update(
@@ -70,24 +70,25 @@ def causal_conv1d_update(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.CausalConv1dUpdate._make((
-        x, conv_states, weight, bias, activation is not None, state_indices, num_accepted_tokens, cu_seqlens,
-        null_slot, None,
-    ))  # fmt: skip
-    return _run(library.causal_conv1d_update, call, activation, backend)
+    return plans.run(
+        "causal_conv1d_update", (activation, null_slot, backend),
+        (x, conv_states, weight, bias, state_indices, num_accepted_tokens, cu_seqlens), _update,
+    )  # fmt: skip
 
 
-def _run(
-    operator: Any, call: library.CausalConv1d | library.CausalConv1dUpdate, activation: str | None, backend: str
-) -> Tensor:
-    """What both do with their arguments, as they came in."""
+def _judged(record: Any, options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, str, Tensor]:
+    """What both do with their arguments, in the order of their ``record``."""
+    (activation, *rest, backend), at = options, record._fields.index("activate")
+    call = record._make((*given[:at], activation is not None, *given[at:], *rest, None))
     args = operators.conv(call, activation)
     backend = dispatch.serving(args, call.x, backend)
     output = torch.empty_like(call.x, memory_format=torch.contiguous_format)
-    if isinstance(call, library.CausalConv1d):
+    if record is library.CausalConv1d:
         output = output.flatten(1)
     call = call._replace(null_slot=library.slot_number(call.null_slot), output=output)
     if data.is_checked():
         data.conv(args.where, call)
-    operator(*call, backend)
-    return output
+    return call, backend, output
+
+
+_prefill, _update = partial(_judged, library.CausalConv1d), partial(_judged, library.CausalConv1dUpdate)

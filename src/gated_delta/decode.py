@@ -3,15 +3,15 @@
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gated_delta import dispatch, library, plans, reference
 from gated_delta.validation import data, operators
+from gated_delta.validation.arguments import Arguments
 
 
 def gated_delta_rule_decode(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, A_log: Tensor, a: Tensor, dt_bias: Tensor, b: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, A_log: Tensor | None, a: Tensor, dt_bias: Tensor | None, b: Tensor,
     scale: float | None = None, output: Tensor | None = None, use_qk_l2norm: bool = True, *,
     allow_neg_eigval: bool = False, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -23,7 +23,8 @@ def gated_delta_rule_decode(
     Args:
         q, k: ``[B, 1, H, K]``; v: ``[B, 1, HV, V]``; one dtype of bf16, fp16, fp32.
         state: ``[B, HV, K, V]`` bf16, fp16 or fp32.
-        A_log: ``[HV]`` fp32; a, b: ``[B, 1, HV]``; dt_bias: ``[HV]``.
+        A_log: ``[HV]`` fp32; a, b: ``[B, 1, HV]``; dt_bias: ``[HV]``. Where A_log and dt_bias are None, a is the
+            logarithm of alpha, and b is beta.
         scale: factor of the output, ``K ** -0.5`` when None.
         output: ``[B, 1, HV, V]`` to write into; allocated in q's dtype when None.
         use_qk_l2norm: normalise q and k first, ``x rsqrt(sum x^2 + 1e-6)``.
@@ -36,16 +37,16 @@ def gated_delta_rule_decode(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = (
-        "gated_delta_rule_decode", scale, use_qk_l2norm, allow_neg_eigval, backend, True, None, False,
-        q, k, v, state, A_log, a, dt_bias, b, output, None, None, None, None,
-    )  # fmt: skip
-    return _run(call, single=True), state
+    options, given = (
+        ("gated_delta_rule_decode", "state", scale, use_qk_l2norm, allow_neg_eigval, backend, False, None, False),
+        (q, k, v, state, A_log, a, dt_bias, b, output, None, None, None, None),
+    )
+    return plans.run("recurrent", options, given, _recurrent), state
 
 
 def gated_delta_rule_decode_pretranspose(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, A_log: Tensor, a: Tensor, dt_bias: Tensor, b: Tensor,
-    scale: float | None = None, output: Tensor | None = None, use_qk_l2norm: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, A_log: Tensor | None, a: Tensor, dt_bias: Tensor | None,
+    b: Tensor, scale: float | None = None, output: Tensor | None = None, use_qk_l2norm: bool = True,
     initial_state: Tensor | None = None, initial_state_indices: Tensor | None = None,
     output_state_indices: Tensor | None = None, intermediate_states_buffer: Tensor | None = None,
     disable_state_update: bool = False, *, allow_neg_eigval: bool = False, null_slot: int | None = None,
@@ -70,19 +71,19 @@ def gated_delta_rule_decode_pretranspose(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    operators.flag("gated_delta_rule_decode_pretranspose", "disable_state_update", disable_state_update)
     states = operators.pool_choice(state, initial_state, initial_state_indices)
-    call = (
-        "gated_delta_rule_decode_pretranspose", scale, use_qk_l2norm, allow_neg_eigval, backend,
-        not disable_state_update, null_slot, True, q, k, v, states, A_log, a, dt_bias, b, output,
-        initial_state_indices, output_state_indices, None, intermediate_states_buffer,
+    options, given = (
+        ("gated_delta_rule_decode_pretranspose", "initial_state" if state is None else "state", scale, use_qk_l2norm,
+         allow_neg_eigval, backend, disable_state_update, null_slot, True),
+        (q, k, v, states, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices, None,
+         intermediate_states_buffer),
     )  # fmt: skip
-    return _run(call, state_name="initial_state" if state is None else "state"), states
+    return plans.run("recurrent", options, given, _recurrent), states
 
 
 def gated_delta_rule_mtp(
-    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, initial_state_indices: Tensor, A_log: Tensor, a: Tensor,
-    dt_bias: Tensor, b: Tensor, scale: float | None = None, output: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, initial_state_indices: Tensor, A_log: Tensor | None,
+    a: Tensor, dt_bias: Tensor | None, b: Tensor, scale: float | None = None, output: Tensor | None = None,
     intermediate_states_buffer: Tensor | None = None, ssm_state_indices: Tensor | None = None,
     disable_state_update: bool | None = None, use_qk_l2norm: bool = True, output_state_indices: Tensor | None = None,
     *, allow_neg_eigval: bool = False, null_slot: int | None = None, backend: str = "auto",
@@ -107,41 +108,32 @@ def gated_delta_rule_mtp(
         message = "gated_delta_rule_mtp: disable_state_update=None means True today and will mean False; pass one"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         disable_state_update = True
-    operators.flag("gated_delta_rule_mtp", "disable_state_update", disable_state_update)
-    call = (
-        "gated_delta_rule_mtp", scale, use_qk_l2norm, allow_neg_eigval, backend, not disable_state_update, null_slot,
-        True, q, k, v, initial_state, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices,
-        ssm_state_indices, intermediate_states_buffer,
+    options, given = (
+        ("gated_delta_rule_mtp", "initial_state", scale, use_qk_l2norm, allow_neg_eigval, backend,
+         disable_state_update, null_slot, True),
+        (q, k, v, initial_state, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices,
+         ssm_state_indices, intermediate_states_buffer),
     )  # fmt: skip
-    return _run(call, state_name="initial_state"), initial_state
+    return plans.run("recurrent", options, given, _recurrent), initial_state
 
 
-def _run(fields: tuple[Any, ...], *, state_name: str = "state", single: bool = False) -> Tensor:
-    """What every recurrent operator does: its name, options and tensors, in the order in which they are taken here."""
-    options, given = fields[:8], fields[8:]
-    found = plans.find(options, given)
-    if found is not None:
-        start, (*before, output, read, write, token, snapshots) = found
-        into = torch.empty_like(given[2], memory_format=torch.contiguous_format) if output is None else given[8]
-        start(*before, library.address(into), read, write, token, snapshots)
-        return into
-    (where, scale, use_qk_l2norm, allow_neg_eigval, backend, update, null_slot, state_v_first, q, k, v, state, A_log, a,
-     dt_bias, b, output, read_slots, write_slots, token_slots, snapshots) = fields  # fmt: skip
+def _recurrent(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[library.Recurrent, str, Tensor]:
+    """The call of every recurrent operator, judged: its names, options and tensors in the order in which they come."""
+    where, state_name, scale, use_qk_l2norm, allow_neg_eigval, backend, frozen, null_slot, state_v_first = options
+    q, k, v, state, A_log, a, dt_bias, b, output, read_slots, write_slots, token_slots, snapshots = given
     call = library.Recurrent._make((
         q, k, v, state, state_v_first, A_log, a, dt_bias, b, scale, use_qk_l2norm, allow_neg_eigval,
-        read_slots, null_slot, update, write_slots, token_slots, snapshots, output, output is None,
+        read_slots, null_slot, not frozen, write_slots, token_slots, snapshots, output, output is None,
     ))  # fmt: skip
-    args = operators.recurrent(where, call, state_name=state_name, single=single)
+    Arguments(where).flag("disable_state_update", frozen)
+    args = operators.recurrent(where, call, state_name=state_name, single=where == "gated_delta_rule_decode")
     backend = dispatch.serving(args, q, backend)
     call = call._replace(
         scale=reference.resolve_scale(scale, args.sizes["K"]),
         null_slot=library.slot_number(null_slot),
-        update_state=update and (token_slots is None or write_slots is not None),
+        update_state=not frozen and (token_slots is None or write_slots is not None),
         output=q.new_empty(v.shape) if output is None else output,
     )
     if data.is_checked():
         data.recurrent(where, call)
-    library.recurrent(*call, backend)
-    if q.is_cuda and plans.keeps(given):
-        plans.keep(options, given, library.bound("recurrent", call, backend))
-    return call.output
+    return call, backend, call.output

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gated_delta import reference
+from gated_delta import plans, reference
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d
@@ -51,20 +52,19 @@ class Projected:
     @property
     def heads(self) -> Heads:
         c = self.config
-        values = (c.ratio, c.head_v_dim)
-        if c.projection == "interleaved":
-            qkvz, ba = (x.unflatten(1, (c.num_k_heads, -1)) for x in self.outputs)
-            wide = c.ratio * c.head_v_dim
-            q, k, v, z = qkvz.split((c.head_k_dim, c.head_k_dim, wide, wide), dim=-1)
-            return Heads(q, k, v.unflatten(-1, values), z.unflatten(-1, values), *ba.split(c.ratio, dim=-1))
+        keys, wide = (-1, c.num_k_heads, c.head_k_dim), c.ratio * c.head_v_dim
+        values, gates = (-1, c.num_k_heads, c.ratio, c.head_v_dim), (-1, c.num_k_heads, c.ratio)
         joined = self.outputs
+        if c.projection == "interleaved":
+            sizes = 2 * c.head_k_dim + 2 * wide, 2 * c.ratio
+            qkvz, ba = (x.view(-1, c.num_k_heads, size) for x, size in zip(joined, sizes, strict=True))
+            q, k, v, z = qkvz.split_with_sizes((c.head_k_dim, c.head_k_dim, wide, wide), -1)
+            return Heads(q, k, v.view(values), z.view(values), *ba.split_with_sizes((c.ratio, c.ratio), -1))
         if c.projection == "merged":
             joined = (*joined[0].split((c.conv_dim, c.value_dim), dim=-1), *joined[1].split(c.num_v_heads, dim=-1))
         qkv, z, b, a = joined
-        q, k, v = qkv.split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
-        keys, gates = (c.num_k_heads, c.head_k_dim), (c.num_k_heads, c.ratio)
-        v, z = (x.unflatten(-1, (c.num_k_heads, *values)) for x in (v, z))
-        return Heads(q.unflatten(-1, keys), k.unflatten(-1, keys), v, z, b.unflatten(-1, gates), a.unflatten(-1, gates))
+        q, k, v = qkv.split_with_sizes((c.key_dim, c.key_dim, c.value_dim), -1)
+        return Heads(q.view(keys), k.view(keys), v.view(values), z.view(values), b.view(gates), a.view(gates))
 
     @property
     def mixed(self) -> tuple[Tensor, int]:
@@ -115,7 +115,8 @@ class GatedDeltaNetAttention(nn.Module):
             setattr(self, name, nn.Linear(hidden, size, bias=False))
         self.conv1d = nn.Conv1d(c.conv_dim, c.conv_dim, c.conv_width, groups=c.conv_dim, bias=False)
         self.A_log = nn.Parameter(torch.empty(gates).uniform_(1, 16).log())
-        self.dt_bias = nn.Parameter(_inverse_softplus(torch.empty(gates).uniform_(1e-3, 1e-1)))
+        steps = torch.empty(gates).uniform_(1e-3, 1e-1)
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # its softplus is those steps
         self.norm = nn.RMSNorm(c.head_v_dim, eps=c.norm_eps)  # for its weight: rms_norm_gated gates, too
         self.out_proj = nn.Linear(c.value_dim, hidden, bias=False)
         self._probed = 0
@@ -145,13 +146,6 @@ class GatedDeltaNetAttention(nn.Module):
             raise ShapeError("GatedDeltaNetAttention", f"what {name} gives", was, must)
         return y
 
-    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[..., conv_dim]`` -> q and k ``[..., Hk, K]``, v ``[..., HV, V]``, all views."""
-        c = self.config
-        q, k, v = qkv.split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
-        heads = (c.num_k_heads, c.head_k_dim)
-        return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, (c.num_v_heads, c.head_v_dim))
-
     def forward(self, hidden: Tensor, batch: GatedDeltaNetBatch, state: LayerState) -> Tensor:
         """One step: hidden ``[tokens, hidden]`` -> ``[tokens, hidden]``, states updated in place.
 
@@ -163,16 +157,12 @@ class GatedDeltaNetAttention(nn.Module):
         c, like = self.config, p.outputs[0]
         make = like.new_empty if batch.num_row_tokens == actual else like.new_zeros
         normed = make(actual, c.num_v_heads, c.head_v_dim)
-        if batch.num_spec_decodes == 0:
-            self._plain_rows(p, batch, state, normed)
-        elif batch.num_prefills == 0:
-            self._spec_rows(p, batch, state, normed)
+        plain, spec = self._plain_rows, self._spec_rows
+        if batch.num_spec_decodes == 0 or batch.num_prefills == 0:
+            (spec if batch.num_spec_decodes else plain)(p, batch, state, normed)
         else:
-            assert batch.spec_token_index is not None and batch.non_spec_token_index is not None
-            for run, tokens in (
-                (self._spec_rows, batch.spec_token_index),
-                (self._plain_rows, batch.non_spec_token_index),
-            ):
+            for run, tokens in ((spec, batch.spec_token_index), (plain, batch.non_spec_token_index)):
+                assert tokens is not None
                 part = normed.new_empty(len(tokens), *normed.shape[1:])
                 run(p.of(tokens), batch, state, part)
                 normed[tokens] = part
@@ -181,25 +171,31 @@ class GatedDeltaNetAttention(nn.Module):
 
     def _judge(self, hidden: Tensor, batch: GatedDeltaNetBatch, state: LayerState) -> None:
         """What would otherwise be found when a part of the states has been written."""
-        args = Arguments("GatedDeltaNetAttention")
-        args.tensor("hidden", hidden, f"L {self.config.hidden_size}", FLOATS)
-        if len(hidden) < batch.num_actual_tokens:
-            must = f"of at least num_actual_tokens={batch.num_actual_tokens} tokens"
-            raise ShapeError(args.where, "hidden", f"of {len(hidden)} tokens", must)
+        slots, actual = batch.spec_state_indices, batch.num_actual_tokens
+        columns = 0 if slots is None or not batch.num_spec_decodes else slots.shape[1]
+        given = hidden, state.conv, state.recurrent
+        plans.judged(("layer", self.config, actual, columns), given, lambda: self._tensors(*given, actual, columns))
         if not torch.compiler.is_compiling() and self._probed != id(self.out_proj):
             self._apply_to("out_proj", hidden.new_zeros(1, self.config.value_dim), self.config.hidden_size)
             self._probed = id(self.out_proj)
-        c = self.config
+        if data.is_checked():
+            batch.judge_slots(state.recurrent, state.null_slot)
+
+    def _tensors(self, hidden: Tensor, conv: Tensor, recurrent: Tensor, actual: int, columns: int) -> None:
+        """Judge those of a step with so many tokens, and columns of slots."""
+        args, c = Arguments("GatedDeltaNetAttention"), self.config
+        args.tensor("hidden", hidden, f"L {c.hidden_size}", FLOATS)
+        if len(hidden) < actual:
+            must = f"of at least num_actual_tokens={actual} tokens"
+            raise ShapeError(args.where, "hidden", f"of {len(hidden)} tokens", must)
         for name, size in (("D", c.conv_dim), ("HV", c.num_v_heads), ("V", c.head_v_dim), ("K", c.head_k_dim)):
             args.bind(name, size, "the layer's config")
-        args.tensor("state.conv", state.conv, "P D C", FLOATS, any_stride=True, written=True)
-        args.tensor("state.recurrent", state.recurrent, "P HV V K", FLOATS, written=True)
+        args.tensor("state.conv", conv, "P D C", FLOATS, any_stride=True, written=True)
+        args.tensor("state.recurrent", recurrent, "P HV V K", FLOATS, written=True)
         most = args.sizes["C"] - c.conv_width + 2
-        if batch.num_spec_decodes and batch.spec_state_indices is not None and batch.spec_state_indices.shape[1] > most:
-            was, must = f"of {batch.spec_state_indices.shape[1]} columns", f"of at most {most}, as state.conv allows"
-            raise ShapeError(args.where, "spec_state_indices", was, must)
-        if data.is_checked():
-            data.batch_slots(batch, state)
+        if columns > most:
+            must = f"of at most {most}, as state.conv allows"
+            raise ShapeError(args.where, "spec_state_indices", f"of {columns} columns", must)
 
     @torch.no_grad()
     def warmup(self, state: LayerState, *, max_batch: int = 256) -> None:
@@ -216,12 +212,11 @@ class GatedDeltaNetAttention(nn.Module):
             OptionError: ``max_batch`` is below 1.
         """
         Arguments("GatedDeltaNetAttention.warmup").whole("max_batch", max_batch, least=1)
-        weight = self.dt_bias
         num_spec = state.conv.shape[-1] - self.config.conv_width + 1
 
         def run(rows: Sequence[Row | SpecRow]) -> None:
-            batch = GatedDeltaNetBatch.build(rows, num_spec=num_spec, device=weight.device)
-            self(weight.new_zeros(batch.num_actual_tokens, self.config.hidden_size), batch, state)
+            batch = GatedDeltaNetBatch.build(rows, num_spec=num_spec, device=state.conv.device)
+            self(self.dt_bias.new_zeros(batch.num_actual_tokens, self.config.hidden_size), batch, state)
 
         for rows in range(1, max_batch + 1):
             run([Row(1, -1)] * rows)
@@ -229,21 +224,22 @@ class GatedDeltaNetAttention(nn.Module):
                 run([SpecRow(num_spec + 1, [-1] * (num_spec + 1), 1)] * rows)
         # Prefills of one chunk and of more, of so many sequences that their states fill 256 processors. Behind a decode
         # indices do not begin at a multiple of 16 bytes.
-        for rows in range(1, 256 * 64 // self.config.value_dim + 3):
-            for length in (16, 70):
-                for decodes in (0, 1):
-                    run([Row(1, -1)] * decodes + [Row(length, -1, fresh=True)] * rows)
+        for rows, length, decodes in product(range(1, 256 * 64 // self.config.value_dim + 3), (16, 70), (0, 1)):
+            run([Row(1, -1)] * decodes + [Row(length, -1, fresh=True)] * rows)
         if num_spec:
             run([SpecRow(1, [-1], 1), Row(70, -1, fresh=True)])
 
     def _plain_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         """Decodes, then prefills, each with the operator made for it; ``output`` is ``[tokens, HV, V]``."""
-        assert batch.non_spec_state_indices is not None
-        decodes, rest = slice(0, batch.num_decodes), slice(batch.num_decodes, None)
-        if batch.num_decodes:
-            self._step(p.of(decodes), state, output[decodes], state_indices=batch.non_spec_state_indices[decodes])
+        count, slots = batch.num_decodes, batch.non_spec_state_indices
+        assert slots is not None
+        if count == len(output) and not batch.num_prefills:  # without views of what is whole
+            self._step(p, state, output, state_indices=slots)
+        elif count:
+            self._step(p.of(slice(count)), state, output[:count], state_indices=slots[:count])
         if batch.num_prefills:
-            self._prefill(p.of(rest), batch, state, output[rest])
+            p, output = (p.of(slice(count, None)), output[count:]) if count else (p, output)
+            self._prefill(p, batch, state, output)
 
     def _spec_rows(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
         """Speculative rows, ragged and packed."""
@@ -255,25 +251,24 @@ class GatedDeltaNetAttention(nn.Module):
     def _step(self, p: Projected, state: LayerState, output: Tensor, **rows: Any) -> None:
         c = self.config
         gated_delta_net_step(
-            *p.heads, state.conv, self.conv1d.weight[:, 0], state.recurrent, self.A_log, self.dt_bias,
+            *p.heads, state.conv, self.conv1d.weight.squeeze(1), state.recurrent, self.A_log, self.dt_bias,
             self.norm.weight, eps=c.norm_eps, activation=c.output_gate, allow_neg_eigval=c.allow_neg_eigval,
             tickets=state.tickets, null_slot=state.null_slot, output=output, **rows,
         )  # fmt: skip
 
     def _prefill(self, p: Projected, batch: GatedDeltaNetBatch, state: LayerState, output: Tensor) -> None:
-        assert batch.non_spec_query_start_loc is not None and batch.non_spec_state_indices is not None
-        c, heads, own = self.config, p.heads, slice(batch.num_decodes, None)
-        starts = batch.non_spec_query_start_loc[own]
+        starts, slots, has = batch.non_spec_query_start_loc, batch.non_spec_state_indices, batch.has_initial_state
+        assert starts is not None and slots is not None
+        c, heads, first = self.config, p.heads, batch.num_decodes
+        if first:
+            starts, slots, has = starts[first:] - first, slots[first:], None if has is None else has[first:]
         rows: dict[str, Any] = {
-            "cu_seqlens": starts - batch.num_decodes if batch.num_decodes else starts,
-            "state_indices": batch.non_spec_state_indices[own],
-            "has_initial_state": None if batch.has_initial_state is None else batch.has_initial_state[own],
-            "null_slot": state.null_slot,
-        }
+            "cu_seqlens": starts, "state_indices": slots, "has_initial_state": has, "null_slot": state.null_slot,
+        }  # fmt: skip
         x, head_k = p.mixed
         g, beta = gates(self.A_log, heads.a, self.dt_bias, heads.b, allow_neg_eigval=c.allow_neg_eigval)
-        x = causal_conv1d(x, self.conv1d.weight[:, 0], conv_states=state.conv, head_k=head_k, **rows)
-        core = self._rule(*self.split_heads(x), g, beta, state.recurrent, **rows)
+        x = causal_conv1d(x, self.conv1d.weight.squeeze(1), conv_states=state.conv, head_k=head_k, **rows)
+        core = self._rule(*c.split_heads(x), g, beta, state.recurrent, **rows)
         core, output = (y.view_as(heads.z) for y in (core, output))  # z grouped as it stands: flattened, it is a copy
         rms_norm_gated(core, heads.z, self.norm.weight, c.norm_eps, c.output_gate, output=output)
 
@@ -296,9 +291,9 @@ class GatedDeltaNetAttention(nn.Module):
         heads = p.heads
         starts = torch.arange(batch + 1, device=hidden.device) * length
         history = p.qkv.new_zeros(batch, c.conv_width - 1, c.conv_dim, dtype=dtype)
-        extended = reference.extend(p.qkv, history, starts)
-        mixed = reference.causal_conv1d(extended, self.conv1d.weight[:, 0], None, "silu")
-        q, k, v = self.split_heads(mixed)
+        rows, _, tokens = reference.extend(p.qkv, history, starts)
+        mixed = reference.causal_conv1d(rows, tokens, self.conv1d.weight[:, 0], None, "silu")
+        q, k, v = c.split_heads(mixed)
         q, k = reference.l2norm(q), reference.l2norm(k)
         alpha = reference.decay(self.A_log, heads.a.flatten(1), self.dt_bias, dtype=dtype)
         beta = reference.write_strength(heads.b.flatten(1), allow_neg_eigval=c.allow_neg_eigval, dtype=dtype)
@@ -309,11 +304,7 @@ class GatedDeltaNetAttention(nn.Module):
             output = reference.recurrent(q, k, v, alpha, beta, scale, state, dtype=dtype)[0].flatten(0, 1)
         else:
             spans = [(i * length, (i + 1) * length) for i in range(batch)]
-            output = reference.chunked(q, k, v, alpha, beta, scale, state, spans, dtype=dtype).output
+            output = reference.chunked(q, k, v, alpha, beta, scale, state, spans, dtype=dtype)[0]
         z = heads.z.flatten(1, 2)
         normed = reference.rms_norm_gated(output, z, self.norm.weight, c.norm_eps, c.output_gate, dtype=dtype)
         return self.parallel.total(self.out_proj(normed.flatten(1).to(hidden.dtype))).unflatten(0, (batch, length))
-
-
-def _inverse_softplus(x: Tensor) -> Tensor:
-    return x + torch.log(-torch.expm1(-x))

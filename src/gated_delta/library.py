@@ -84,9 +84,10 @@ class Recurrent(NamedTuple):
     """One state a row, or the pool when there are ``read_slots``."""
     state_v_first: bool
     """States are ``[V, K]``, not ``[K, V]``."""
-    A_log: Annotated[Tensor, Asked("HV", _F32)]
+    A_log: Annotated[Tensor, Asked("HV", _F32)] | None
+    """None, as dt_bias is then: a is the logarithm of alpha, and b is beta."""
     a: Annotated[Tensor, Asked("B STEPS HV")]
-    dt_bias: Annotated[Tensor, Asked("HV")]
+    dt_bias: Annotated[Tensor, Asked("HV")] | None
     b: Annotated[Tensor, Asked("B STEPS HV")]
     scale: float
     use_qk_l2norm: bool
@@ -192,6 +193,11 @@ def slot_number(null_slot: int | None) -> int:
     return -1 if null_slot is None else null_slot
 
 
+def is_live(slots: Tensor, null_slot: int) -> Tensor:
+    """Which name a slot; the others are padding."""
+    return (slots >= 0) & (slots != null_slot)
+
+
 @cache
 def _implementation(operator: str, backend: str) -> Any:
     found = getattr(import_module(f"gated_delta.kernels.{backend}"), operator, None)
@@ -214,6 +220,15 @@ def bound(operator: str, call: Any, backend: str) -> Any:
     return None if bind is None else bind(call)
 
 
+def run(operator: str, call: Any, backend: str) -> None:
+    """The operator itself, by a backend."""
+    start = bound(operator, call, backend)
+    if start is None:
+        _implementation(operator, backend)(call)
+    else:
+        start(*map(address, tensors(call)))
+
+
 def _schema(record: Any) -> str:
     """The arguments as torch writes them, a letter for each written tensor; notes what is asked of tensors."""
     letters, arguments, tensors = iter("abcd"), [], []
@@ -230,16 +245,8 @@ def _schema(record: Any) -> str:
 
 
 def _register(operator: str, record: Any) -> Any:
-    def run(*args: Any) -> None:
-        call, backend = record._make(args[:-1]), args[-1]
-        implementation = _implementation(operator, backend)
-        if implementation is None:  # what is bound is all that there is
-            bound(operator, call, backend)(*map(address, tensors(call)))
-        else:
-            implementation(call)
-
     _LIBRARY.define(f"{operator}({_schema(record)}, str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(operator, lambda *args: run(operator, record._make(args[:-1]), args[-1]), "CompositeExplicitAutograd")
     register_fake(f"gated_delta::{operator}", lambda *args: None, lib=_LIBRARY)
     return getattr(torch.ops.gated_delta, operator).default
 

@@ -1,9 +1,11 @@
 """Gated RMSNorm, the last step of a layer before its output projection."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from gated_delta import dispatch, library
+from gated_delta import dispatch, library, plans
 from gated_delta.validation import operators
 
 
@@ -25,9 +27,13 @@ def rms_norm_gated(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
+    return plans.run("rms_norm_gated", (eps, activation, backend), (x, z, weight, output), _norm)
+
+
+def _norm(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[library.RmsNormGated, str, Tensor]:
+    (eps, activation, backend), (x, z, weight, output) = options, given
     call = library.RmsNormGated._make((x, z, weight, eps, activation, output))
     backend = dispatch.serving(operators.norm(call), x, backend)
     if output is None:
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    library.rms_norm_gated(x, z, weight, float(eps), activation, output, backend)
-    return output
+    return call._replace(eps=float(eps), output=output), backend, output

@@ -1,17 +1,19 @@
-"""Plans: a call of the rule like one that was judged before goes straight to its launches.
+"""Plans: a call like one that was judged before goes straight to its launches.
 
 Judging a call and finding its kernels costs several times what a decode step takes on the GPU. Its result depends on
-the options and on what the tensors look like, never on what they hold, so it is kept: options and the shape of q find
+the options and on what the tensors look like, never on what they hold, so it is kept: options and a first shape find
 the plans, and a plan's guards (dtype, device, sizes, strides, whether a gradient is wanted) say whether it fits.
 """
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
+from gated_delta import library
 from gated_delta.validation.data import CHECKED
 
 try:
@@ -35,17 +37,49 @@ Plans = dict[tuple[Any, ...], list[Plan]]
 _PLANS: Plans = {}
 
 
-def judged(call: Sequence[Any], judge: Callable[[], Any]) -> Any:
-    """What ``judge`` says of a call (q first); for one like an earlier one, what it said then. Errors are not kept."""
-    tensors = [x if isinstance(x, Tensor) else None for x in call]
-    options = tuple([None if isinstance(x, Tensor) else x for x in call])
-    found = find(options, tensors)
+def run(
+    operator: str, options: tuple[Any, ...], given: tuple[Any, ...], judge: Callable[..., tuple[Any, str, Any]]
+) -> Any:
+    """What an operator gives for these options and tensors. Of both ``judge`` makes its record, the name of the backend
+    that serves it, and what is returned; its errors are not kept.
+    """
+    options = (operator, *options)
+    found = find(options, given)
     if found is not None:
-        return found[0]
-    said = judge()
-    if keeps(tensors):
-        keep(options, tensors, said)
-    return said
+        return found[0](given, found[1])
+    call, backend, result = judge(options[1:], given)
+    start = library.bound(operator, call, backend) if keeps(given) else None
+    if start is None:
+        getattr(library, operator)(*call, backend)
+    else:
+        start(*map(library.address, library.tensors(call)))
+        keep(options, given, _again(call, given, result, start))
+    return result
+
+
+def judged(options: tuple[Any, ...], given: tuple[Any, ...], judge: Callable[[], object]) -> None:
+    """Let ``judge`` look at these, unless it has let pass what looks like them."""
+    if find(options, given) is None:
+        judge()
+        if keeps(given):
+            keep(options, given, None)
+
+
+def _again(call: Any, given: tuple[Any, ...], result: Any, start: Any) -> Callable[..., Any]:
+    """The same call with other tensors that look like those ``given``, and where they are."""
+    taken = library.tensors(call)
+    made = [x for x in taken if x is not None and all(x is not y for y in given)]
+    makes = [(x.new_empty(0).new_empty, tuple(x.shape)) for x in made]
+    known = [id(x) for x in (*given, *made, None)]
+    chosen = itemgetter(*(known.index(id(x)) for x in taken))
+    returned = itemgetter(*(known.index(id(x)) for x in (result if isinstance(result, tuple) else (result,))))
+
+    def again(given: Sequence[Any], places: Sequence[Any]) -> Any:
+        fresh = [make(shape) for make, shape in makes]
+        start(*chosen((*places, *map(library.address, fresh), None)))
+        return returned((*given, *fresh))
+
+    return again
 
 
 def _is_watched() -> bool:

@@ -1,7 +1,5 @@
 """Chunked prefill: many tokens of many sequences at once, and its gates."""
 
-from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -49,19 +47,18 @@ def chunk_gated_delta_rule(
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
     in_place = initial_state is not None and output_state is initial_state
-    return _run(
+    return plans.run(
+        "prefill",
         (scale, null_slot, use_qk_l2norm_in_kernel, g_space, checkpoint_every_n_tokens, deterministic,
          output_final_state, max_seqlen, backend, in_place),
         (q, k, v, g, beta, cu_seqlens, initial_state, has_initial_state, state_indices, output,
          None if in_place else output_state, state_checkpoints, checkpoint_cu_starts),
+        _prefill,
     )  # fmt: skip
 
 
-def _run(options: tuple[Any, ...], given: tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, Tensor]:
-    """The operator with its tensors in the order of :class:`gated_delta.library.Prefill`."""
-    again = plans.find(options, given)
-    if again is not None:
-        return again[0](given, again[1])
+def _prefill(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[library.Prefill, str, Any]:
+    """The call, judged; its tensors come in the order of :class:`gated_delta.library.Prefill`."""
     scale, null_slot, l2norm, g_space, every, deterministic, wants_state, max_seqlen, backend, in_place = options
     q, k, v, g, beta, cu_seqlens, initial_state, has_initial_state, indices, output, final, checkpoints, starts = given
     final = initial_state if in_place else final
@@ -87,33 +84,7 @@ def _run(options: tuple[Any, ...], given: tuple[Tensor | None, ...]) -> Tensor |
     )
     if data.is_checked():
         data.prefill(call, max_seqlen)
-    start = library.bound("prefill", call, backend) if plans.keeps(given) else None
-    if start is None:
-        library.prefill(*call, backend)
-    else:
-        start(*map(library.address, library.tensors(call)))
-        plans.keep(options, given, _again(call, given, wants_state, start))
-    if not wants_state:
-        return call.output
-    assert final is not None
-    return call.output, final
-
-
-def _again(call: library.Prefill, given: Sequence[Tensor | None], wants_state: bool, start: Any) -> Callable[..., Any]:
-    """The same call with other tensors that look like those ``given``, and where they are."""
-    made = [x if all(x is not y for y in given) else None for x in (call.output, call.final_state)]
-    sizes = [None if x is None else (x.shape, x.dtype) for x in made]
-    known = [id(x) for x in (*given, *made, None)]
-    chosen = itemgetter(*(known.index(id(x)) for x in library.tensors(call)))
-    returned = itemgetter(*(known.index(id(x)) for x in (call.output, call.final_state)[: 1 + wants_state]))
-
-    def run(given: Sequence[Any], places: Sequence[Any]) -> Any:
-        make = given[0].new_empty
-        fresh = [None if x is None else make(x[0], dtype=x[1]) for x in sizes]
-        start(*chosen((*places, *map(library.address, fresh), None)))
-        return returned((*given, *fresh))
-
-    return run
+    return call, backend, (call.output, final) if wants_state else call.output
 
 
 def gates(
@@ -131,8 +102,12 @@ def gates(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be.
     """
+    return plans.run("gates", (allow_neg_eigval, backend), (a, A_log, dt_bias, b), _gates)
+
+
+def _gates(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[library.Gates, str, Any]:
+    (allow_neg_eigval, backend), (a, A_log, dt_bias, b) = options, given
     call = library.Gates._make((A_log, a, dt_bias, b, allow_neg_eigval, None, None))
-    chosen = dispatch.serving(operators.gates(call), a, backend)
-    log_alpha, beta = (A_log.new_empty(len(a), len(A_log), dtype=torch.float32) for _ in range(2))
-    library.gates(*call[:5], log_alpha, beta, chosen)
-    return log_alpha, beta
+    backend = dispatch.serving(operators.gates(call), a, backend)
+    made = tuple(a.new_empty(len(a), len(A_log), dtype=torch.float32) for _ in range(2))
+    return library.Gates._make((*call[:5], *made)), backend, made

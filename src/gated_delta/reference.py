@@ -10,11 +10,7 @@ Head counts are written HQ, HK, HV for q, k, v and ``HS = max(HQ, HV)`` for stat
 the dtype that the caller passes as ``dtype`` and rounds nothing in between.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +21,9 @@ CHUNK = 32
 with it, and the state is rewritten once a chunk: 32 was never slower than 16 and 64 (docs/performance.md).
 It divides the contract's 64, so that checkpoints fall on chunk ends."""
 
-_PREPARED_ELEMENTS = 1 << 19
-"""Elements of one C x C gate matrix prepared ahead of the scan: bounds memory for long prompts."""
+_PREPARED_ELEMENTS = 1 << 18
+"""Elements of one C x C gate matrix prepared ahead of the scan: enough that small heads are not all calls, little
+enough that what is prepared is still in a cache when the scan reads it."""
 
 
 # --- gates and norms --------------------------------------------------------------------------------------------------
@@ -98,37 +95,28 @@ def by_part(x: Tensor, head_k: int) -> Tensor:
     return torch.cat([y.flatten(1) for y in x.split((head_k, head_k, x.shape[2] - 2 * head_k), dim=-1)], dim=-1)
 
 
-class Extended(NamedTuple):
-    """Packed sequences, each with its history in front: what a causal convolution reads."""
-
-    rows: Tensor
-    """``[L + N (W - 1), D]``: per sequence its ``W - 1`` history rows, then its tokens."""
-    starts: Tensor
-    """``[N + 1]``: where each sequence (history included) begins in ``rows``."""
-    tokens: Tensor
-    """``[L]``: where each packed token stands in ``rows``."""
-
-
-def extend(x: Tensor, history: Tensor, cu_seqlens: Tensor) -> Extended:
-    """Put ``history [N, W-1, D]`` in front of the sequences packed in ``x [L, D]``."""
+def extend(x: Tensor, history: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put ``history [N, W-1, D]`` in front of the sequences packed in ``x [L, D]``: the rows, where each sequence is
+    among them (``[N + 1]``), where each token is (``[L]``).
+    """
     count, width, _ = history.shape
-    offsets = torch.arange(count + 1, device=x.device) * width
-    starts = cu_seqlens.to(torch.int64) + offsets
-    position = torch.arange(x.shape[0], device=x.device)
-    tokens = position + offsets[torch.searchsorted(cu_seqlens.to(torch.int64).contiguous(), position, right=True)]
+    starts = cu_seqlens.long() + torch.arange(count + 1, device=x.device) * width
+    position, inner = torch.arange(x.shape[0], device=x.device), cu_seqlens[1:-1].long().contiguous()
+    tokens = position + width * (1 + torch.searchsorted(inner, position, right=True))
     rows = x.new_zeros(x.shape[0] + count * width, x.shape[1], dtype=history.dtype)
     past = starts[:-1, None] + torch.arange(width, device=x.device)
     rows = rows.index_copy(0, past.flatten(), history.flatten(0, 1))
-    return Extended(rows.index_copy(0, tokens, x.to(history.dtype)), starts, tokens)
+    return rows.index_copy(0, tokens, x.to(history.dtype)), starts, tokens
 
 
-def causal_conv1d(extended: Extended, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """Depthwise causal convolution of ``weight [D, W]`` over ``extended``; ``[L, D]`` in the dtype of its rows."""
-    rows, width = extended.rows, weight.shape[1]
-    weight = weight.to(rows.dtype)
+def causal_conv1d(rows: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Depthwise causal convolution of ``weight [D, W]`` over what :func:`extend` gives: the outputs of ``tokens``, in
+    the dtype of the rows.
+    """
+    width, weight = weight.shape[1], weight.to(rows.dtype)
     y = rows.new_zeros(()) if bias is None else bias.to(rows.dtype)
     for tap in range(width):
-        y = y + rows.index_select(0, extended.tokens - (width - 1 - tap)) * weight[:, tap]
+        y = y + rows.index_select(0, tokens - (width - 1 - tap)) * weight[:, tap]
     return activate(y, activation)
 
 
@@ -174,86 +162,33 @@ def recurrent(
 # --- the rule, by chunks ----------------------------------------------------------------------------------------------
 
 
-class _Plan(NamedTuple):
-    """Chunks of packed sequences in the order of the scan: all first chunks, then all second chunks, and so on,
-    the longest sequences first, so that the sequences still running at a step are a prefix of the list.
-    """
-
-    order: list[int]
-    """Sequences, longest first."""
-    widths: list[int]
-    """How many sequences have a chunk at each step."""
-    tokens: Tensor
-    """``[chunks, C]``: packed position of every token; a short last chunk repeats its last one."""
-    valid: Tensor
-    """``[chunks, C]``: False where ``tokens`` repeats."""
-    full: list[bool]
-    """Whether every chunk of a step is whole."""
-
-
-def _plan(spans: Sequence[tuple[int, int]], chunk: int, device: torch.device) -> _Plan:
-    lengths = [end - start for start, end in spans]
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    starts, ends, widths, full = [], [], [], []
-    for first in range(0, lengths[order[0]] if order else 0, chunk):
-        running = [i for i in order if lengths[i] > first]
-        widths.append(len(running))
-        full.append(lengths[running[-1]] >= first + chunk)
-        starts += [spans[i][0] + first for i in running]
-        ends += [spans[i][1] for i in running]
-    tokens = torch.tensor(starts, dtype=torch.int64, device=device)[:, None] + torch.arange(chunk, device=device)
-    stop = torch.tensor(ends, dtype=torch.int64, device=device)[:, None]
-    return _Plan(order, widths, torch.minimum(tokens, stop - 1), tokens < stop, full)
-
-
-class _Prepared(NamedTuple):
-    """What the scan needs of a run of chunks; it depends on no state. ``m`` chunks, ``C`` tokens each."""
-
-    qk: Tensor
-    """``[m, HK, 2C, K]``: queries over keys, so that one product reads the state for both."""
-    v: Tensor
-    """``[m, HS, C, V]``"""
-    solve: Tensor
-    """``[m, HS, C, C]``: T, from values to updates."""
-    attend: Tensor
-    """``[m, HS, C, C]``: P, from updates to outputs."""
-    decay_in: Tensor
-    """``[m, HS, C, 1]``: decay from the chunk's start to after each token."""
-    decay_out: Tensor
-    """``[m, HS, C, 1]``: decay from after each token to the chunk's end."""
-
-
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype,
-    prepare: torch.dtype, tokens: Tensor, valid: Tensor,
-) -> _Prepared:  # fmt: skip
-    heads, size = alpha.shape[-1], tokens.shape[1]
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, valid: Tensor, scale: float, dtype: torch.dtype,
+    prepare: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What the scan needs of ``m`` chunks of C tokens, and what depends on no state: q, k ``[m, C, H, K]``, v
+    ``[m, C, HS, V]``, alpha and beta ``[m, C, HS]``, valid ``[m, C]`` -> what :func:`_scan_chunk` takes.
+    """
+    heads, size = alpha.shape[-1], alpha.shape[1]
 
-    def gather(x: Tensor, to: torch.dtype) -> Tensor:
-        rows = x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
-        return rows.transpose(1, 2).to(to, memory_format=torch.contiguous_format)
+    def by_head(x: Tensor, to: torch.dtype = prepare) -> Tensor:
+        return x.transpose(1, 2).to(to, memory_format=torch.contiguous_format)
 
-    alpha = torch.where(valid[:, None], gather(alpha, prepare), 1.0)
-    beta = torch.where(valid[:, None], gather(beta, prepare), 0.0)
+    alpha = torch.where(valid[:, None], by_head(alpha), 1.0)
+    beta = torch.where(valid[:, None], by_head(beta), 0.0)
     # gamma[i, j] = alpha[j+1] ... alpha[i]: a running product, never a quotient of two, so exact zeros are harmless.
     causal = torch.ones(size, size, dtype=torch.bool, device=alpha.device).tril()
     gamma = torch.where(causal.tril(-1), alpha[..., None], 1.0).cumprod(dim=-2)
-    decay_out = gamma[..., -1, :, None]
+    decay_in, decay_out = alpha.cumprod(-1)[..., None], gamma[..., -1, :, None]
     gamma = torch.where(causal, gamma, 0.0)
-    k = gather(k, prepare)
-    qk = torch.cat((gather(q, prepare) * scale, k), dim=-2)
+    k = by_head(k)
+    qk = torch.cat((by_head(q) * scale, k), dim=-2)
     scores = expand_heads(qk @ k.transpose(-1, -2), heads, dim=1)
     lower = (scores[..., size:, :] * gamma * beta[..., None]).tril(-1)
     # By substitution: a product form such as (I - N)(I + N^2)... has powers that grow without bound for similar keys.
     solve = torch.linalg.solve_triangular(lower, torch.diag_embed(beta), upper=False, unitriangular=True)
-    return _Prepared(
-        qk=qk.to(dtype),
-        v=gather(v, dtype),
-        solve=solve.to(dtype),
-        attend=(scores[..., :size, :] * gamma).to(dtype),
-        decay_in=alpha.cumprod(-1)[..., None].to(dtype),
-        decay_out=decay_out.to(dtype),
-    )
+    made = (qk, solve, scores[..., :size, :] * gamma, decay_in, decay_out)
+    return by_head(v, dtype), *(x.to(dtype) for x in made)
 
 
 def _plus_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -261,58 +196,36 @@ def _plus_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return c.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1)).view_as(c)
 
 
-def _scan_chunk(state: Tensor, chunk: _Prepared) -> tuple[Tensor, Tensor]:
-    """One chunk of every running sequence: state ``[n, HS, K, V]`` -> output ``[n, HS, C, V]`` and the next state."""
-    size = chunk.v.shape[-2]
-    qk = expand_heads(chunk.qk, state.shape[1], dim=1)
-    read = qk @ state
-    u = chunk.solve @ (chunk.v - chunk.decay_in * read[..., size:, :])
-    output = _plus_product(chunk.decay_in * read[..., :size, :], chunk.attend, u)
-    keys = qk[..., size:, :].transpose(-1, -2)
-    return output, _plus_product(chunk.decay_in[..., -1:, :] * state, keys, chunk.decay_out * u)
+def _scan_chunk(
+    state: Tensor, v: Tensor, qk: Tensor, solve: Tensor, attend: Tensor, decay_in: Tensor, decay_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One chunk of every running sequence: state ``[n, HS, K, V]`` -> output ``[n, HS, C, V]`` and the next state.
 
-
-def _steps(
-    prepare: Callable[[Tensor, Tensor], _Prepared], plan: _Plan, heads: int
-) -> Iterator[tuple[_Prepared, Tensor, Tensor | None]]:
-    """What all running sequences have at each step of the scan, prepared many steps at a time: their chunks, the packed
-    positions of the tokens, chunk after chunk, and which of the chunks' rows these are, None for all.
+    v ``[n, HS, C, V]``; qk ``[n, HK, 2C, K]``, queries over keys, so that one product reads the state for both; solve
+    (T, from values to updates) and attend (P, from updates to outputs) ``[n, HS, C, C]``; the decays from the chunk's
+    start to after each token, and from there to the chunk's end, ``[n, HS, C, 1]``.
     """
-    most = max(1, _PREPARED_ELEMENTS // (heads * plan.tokens.shape[1] ** 2))
-    edges = list(accumulate(plan.widths, initial=0))
-    step, steps = 0, len(plan.widths)
-    while step < steps:
-        stop = max(step + 1, bisect_right(edges, edges[step] + most) - 1)
-        rows = slice(edges[step], edges[stop])
-        prepared = prepare(plan.tokens[rows], plan.valid[rows])
-        for i in range(step, stop):
-            here = slice(edges[i] - edges[step], edges[i + 1] - edges[step])
-            tokens = plan.tokens[edges[i] : edges[i + 1]].flatten()
-            valid = None if plan.full[i] else plan.valid[edges[i] : edges[i + 1]].flatten()
-            yield _Prepared(*(x[here] for x in prepared)), tokens if valid is None else tokens[valid], valid
-        step = stop
-
-
-class Chunked(NamedTuple):
-    """What :func:`chunked` returns."""
-
-    output: Tensor
-    """``[L, HS, V]``"""
-    state: Tensor
-    """``[N, HS, V, K]``: each sequence's final state."""
-    checkpoints: list[list[Tensor]]
-    """Per sequence, the state ``[HS, V, K]`` after every ``checkpoint_every`` tokens."""
+    size = v.shape[-2]
+    qk = expand_heads(qk, state.shape[1], dim=1)
+    read = qk @ state
+    u = solve @ (v - decay_in * read[..., size:, :])
+    output = _plus_product(decay_in * read[..., :size, :], attend, u)
+    keys = qk[..., size:, :].transpose(-1, -2)
+    return output, _plus_product(decay_in[..., -1:, :] * state, keys, decay_out * u)
 
 
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, scale: float, state: Tensor,
     spans: Sequence[tuple[int, int]], *, checkpoint_every: int = 0, chunk: int = CHUNK, out: Tensor | None = None,
     dtype: torch.dtype = torch.float32, prepare: torch.dtype | None = None,
-) -> Chunked:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[list[Tensor]]]:  # fmt: skip
     """The rule by chunks, for packed sequences: q ``[L, HQ, K]``, k ``[L, HK, K]``, v ``[L, HV, V]``, alpha and beta
     ``[L, HS]``, initial state ``[N, HS, V, K]``; sequence i is the tokens ``spans[i]``, first to one past the last;
     ``checkpoint_every`` is 0 or a multiple of ``chunk``. The output goes to ``out``, rounded to its dtype, if that is
     given (tokens of no span stay as they are), else to zeros in ``dtype``.
+
+    Returns the output ``[L, HS, V]``, final states ``[N, HS, V, K]``, and of each sequence those after every
+    ``checkpoint_every`` tokens.
 
     The state before a chunk enters through two products; inside the chunk the updates u solve a unit lower triangular
     system (docs/maths.md derives it). ``prepare`` is the precision in which that system is made and inverted, ``dtype``
@@ -321,22 +234,32 @@ def chunked(
     heads = alpha.shape[-1]
     if k.shape[-2] < q.shape[-2]:  # GQA: many q heads share k and v. (In GVA q and k go together already.)
         k, v = expand_heads(k, heads), expand_heads(v, heads)
-    plan = _plan(spans, chunk, q.device)
-    running = state.to(dtype).transpose(-1, -2)[plan.order]
-    finished: list[Tensor] = []
+    lengths = [end - start for start, end in spans]
+    final = state.to(dtype).transpose(-1, -2).clone()
     output = v.new_zeros(q.shape[0], heads, v.shape[-1], dtype=dtype) if out is None else out
-    checkpoints: list[list[Tensor]] = [[] for _ in plan.order]
-    chunks = partial(_prepare, q, k, v, alpha, beta, scale, dtype, prepare or dtype)
-    for i, (prepared, tokens, valid) in enumerate(_steps(chunks, plan, heads)):
-        width, done = plan.widths[i], (i + 1) * chunk
-        finished.append(running[width:])
-        rows, running = _scan_chunk(running[:width], prepared)
-        rows = rows.transpose(1, 2).to(output.dtype, memory_format=torch.contiguous_format).flatten(0, 1)
-        output.index_copy_(0, tokens, rows if valid is None else rows[valid])
-        if checkpoint_every and done % checkpoint_every == 0:
-            for row, sequence in enumerate(plan.order[:width]):
-                if spans[sequence][1] - spans[sequence][0] >= done:
-                    checkpoints[sequence].append(running[row].transpose(-1, -2))
-    undone = torch.tensor(plan.order).argsort()
-    final = torch.cat([running, *reversed(finished)])[undone].transpose(-1, -2)
-    return Chunked(output, final, checkpoints)
+    checkpoints: list[list[Tensor]] = [[] for _ in spans]
+    done = 0
+    while rows := [i for i, length in enumerate(lengths) if length > done]:
+        # Some steps of all that still run; where a sequence ends before the others do, its last token stands in, and
+        # changes nothing: its alpha is 1, its beta 0.
+        most = max(1, _PREPARED_ELEMENTS // (heads * chunk**2 * len(rows)))
+        steps = min(most, -(-(max(lengths) - done) // chunk))
+        start, end = torch.tensor([spans[i] for i in rows], device=q.device)[..., None].unbind(1)
+        tokens = start + done + torch.arange(steps * chunk, device=q.device).view(steps, 1, chunk)
+        valid, tokens = tokens < end, torch.minimum(tokens, end - 1)
+        parts = (x.index_select(0, tokens.flatten()).unflatten(0, (-1, chunk)) for x in (q, k, v, alpha, beta))
+        prepared = _prepare(*parts, valid.flatten(0, 1), scale, dtype, prepare or dtype)
+        running = final[rows]
+        for place, live, *parts in zip(tokens, valid, *(x.split(len(rows)) for x in prepared), strict=True):
+            result, running = _scan_chunk(running, *parts)
+            done += chunk
+            result = result.transpose(1, 2).to(output.dtype, memory_format=torch.contiguous_format)
+            whole = all(lengths[i] >= done for i in rows)
+            written = (place.flatten(), result.flatten(0, 1)) if whole else (place[live], result[live])
+            output.index_copy_(0, *written)
+            if checkpoint_every and done % checkpoint_every == 0:
+                for i, after in zip(rows, running, strict=True):
+                    if lengths[i] >= done:
+                        checkpoints[i].append(after.transpose(-1, -2))
+        final[rows] = running
+    return output, final.transpose(-1, -2), checkpoints

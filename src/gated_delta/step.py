@@ -1,5 +1,7 @@
 """A decode step of a layer: everything between its input projections and its output projection."""
 
+from typing import Any
+
 from torch import Tensor
 
 from gated_delta import dispatch, library, plans, reference
@@ -44,16 +46,22 @@ def gated_delta_net_step(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    call = library.GatedDeltaNetStep._make((
-        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, scale, eps, activation,
-        allow_neg_eigval, state_indices, cu_seqlens, num_accepted_tokens, tickets, null_slot, output,
-    ))  # fmt: skip
-    backend = plans.judged((*call, backend), lambda: dispatch.serving(operators.step(call), q, backend))
+    return plans.run(
+        "gated_delta_net_step", (scale, eps, activation, allow_neg_eigval, null_slot, backend),
+        (q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, state_indices, cu_seqlens,
+         num_accepted_tokens, tickets, output), _step,
+    )  # fmt: skip
+
+
+def _step(options: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[library.GatedDeltaNetStep, str, Tensor]:
+    *numbers, null_slot, backend = options
+    call = library.GatedDeltaNetStep._make((*given[:12], *numbers, *given[12:16], null_slot, given[16]))
+    backend = dispatch.serving(operators.step(call), call.q, backend)
+    q, v, output = call.q, call.v, given[16]
     if output is None:
         output = q.new_empty(len(v), v.shape[1] * v.shape[2], v.shape[3])
-    scale, null_slot = reference.resolve_scale(scale, q.shape[-1]), library.slot_number(null_slot)
-    call = call._replace(scale=scale, eps=float(eps), null_slot=null_slot, output=output)
+    scale, null_slot = reference.resolve_scale(call.scale, q.shape[-1]), library.slot_number(null_slot)
+    call = call._replace(scale=scale, eps=float(call.eps), null_slot=null_slot, output=output)
     if data.is_checked():
         data.step(call)
-    library.gated_delta_net_step(*call, backend)
-    return output
+    return call, backend, output

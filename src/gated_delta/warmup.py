@@ -111,11 +111,11 @@ def warmup(
 def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> None:
     """Run every case in one of ``count`` processes, for each of which a thread waits."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", "from gated_delta.warmup import _worker; _worker()", pickle.dumps(shapes).hex()]
 
     def run_share(first: int) -> None:
-        share = [*command, str(first), str(count)]
-        done = subprocess.run(share, env=environment, text=True, capture_output=True, check=False)
+        share = f"from gated_delta.warmup import _worker; _worker({pickle.dumps(shapes)!r}, {first}, {count})"
+        command = [sys.executable, "-c", share]
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
         if done.returncode:
             raise WarmupError(f"warmup: a worker process failed: {done.stderr.strip()[-2000:]}")
         for _ in _cases(shapes)[first::count]:
@@ -125,10 +125,9 @@ def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> N
         list(threads.map(run_share, range(count)))
 
 
-def _worker() -> None:
+def _worker(shapes: bytes, first: int, step: int) -> None:
     """The share of one process: every n-th case."""
-    shapes, first, step = pickle.loads(bytes.fromhex(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
-    for case in _cases(shapes)[first::step]:
+    for case in _cases(pickle.loads(shapes))[first::step]:
         case()
 
 
@@ -149,9 +148,7 @@ def _cases(s: _Shapes) -> list[Callable[[], object]]:
     """Every call that is made, slowest to compile first, so that processes share the work evenly."""
     cases: list[Callable[[], object]] = [
         partial(_prefill, s, length, pooled=pooled, known=known)
-        for length in (200, 16)
-        for pooled in (False, True)
-        for known in (False, True)
+        for length, pooled, known in product((200, 16), (False, True), (False, True))
     ]
     if s.backend("chunk_gated_delta_rule") == "gluon":  # what it launches follows from its plan alone
         from gated_delta.kernels.gluon.prefill import PLANS, planned  # noqa: PLC0415 (it imports Triton)
@@ -197,11 +194,9 @@ def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
         known: it is said which slots of the pool hold a state to start from; without a pool, there are such states.
     """
     c = s.config
-    sizes = (c.head_k_dim, c.head_k_dim, c.head_v_dim)
     for rows in s.batches[: 256 // c.num_v_heads + 1]:
         total = rows * length
-        parts = s.empty(total, c.conv_dim).split((c.key_dim, c.key_dim, c.value_dim), dim=-1)
-        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(parts, sizes, strict=True))
+        q, k, v = c.split_heads(s.empty(total, c.conv_dim))
         states = s.empty(rows, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=s.state_dtype)
         gates = s.empty(total, c.num_v_heads, dtype=torch.float32)
         starts = torch.arange(rows + 1, dtype=torch.int32, device=s.device)

@@ -17,6 +17,13 @@ STEPS = ("decode", "verify", "step")
 RULES = ("prefill", *STEPS)
 """Operations that apply the gated delta rule."""
 
+OPERATORS = {
+    "prefill": "chunk_gated_delta_rule", "decode": "gated_delta_rule_decode_pretranspose",
+    "decode K-major": "gated_delta_rule_decode", "verify": "gated_delta_rule_mtp", "step": "gated_delta_net_step",
+    "conv": "causal_conv1d_update", "conv prefill": "causal_conv1d", "norm": "rms_norm_gated",
+}  # fmt: skip
+"""Ours, by operation, or operation and form."""
+
 
 class Heads(NamedTuple):
     """``h`` heads of q and k (size ``k``) and ``hv`` of v (size ``v``)."""
@@ -102,6 +109,11 @@ class Case:
     """Tokens a row of a step."""
     state: str = "fp32"
     gates: str = "model"
+
+    @property
+    def operator(self) -> str:
+        """The name of ours that does it."""
+        return OPERATORS.get(f"{self.operation} {self.form}") or OPERATORS[self.operation]
 
     @property
     def lengths(self) -> tuple[int, ...]:

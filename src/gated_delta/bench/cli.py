@@ -2,13 +2,13 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import track
 from typer.core import TyperGroup
 
 from gated_delta.bench import cases, machine, peers, records, report
@@ -87,9 +87,7 @@ def run_command(
     device: Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')] = "auto",
 ) -> None:
     """Measure, and show a table; with --out, leave a CSV."""
-    from gated_delta.cli import pick_device  # noqa: PLC0415 - it mounts this module
-
-    place = pick_device(device)
+    place = machine.pick_device(device)
     layouts, every = ",".join(map(str, cases.MODELS)), ",".join(cases.SEQUENCES)
     chosen = cases.select(
         parsed(",".join(groups or cases.DEFAULT_GROUPS), "GROUP", among(cases.GROUPS)),
@@ -109,20 +107,13 @@ def run_command(
     rows = absentees
     jobs = 0 if place == "cpu" else min(MOST_JOBS, os.cpu_count() or 1)
     bench = Bench(place, contenders, chosen, machine.facts(place), limit, jobs, _say)
-    for found in shown(bench.run(), "measuring", len(chosen)):
+    for found in track(bench.run(), "measuring", len(chosen), console=console):
         rows = [*found, *absentees]
         if out is not None:  # a run that is cut off leaves what it has
             records.write(out / "bench.csv", rows)
     console.print(report.tables(rows))
     if out is not None:
         _say(f"written: {out / 'bench.csv'}")
-
-
-def shown(steps: Iterable[T], words: str, total: int) -> Iterator[T]:
-    """Go through so many steps with a bar."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        yield from bar.track(steps, total=total, description=words)
 
 
 def _say(line: str) -> None:

@@ -11,7 +11,7 @@ from gated_delta.state import LayerState, StatePool
 from gated_delta.testing.inputs import Inputs, cu_seqlens, prefill_inputs, raw_gates, recurrent_inputs, with_state
 
 MOST_SETS = 256
-SHARED = ("cu_seqlens", "slots", "token_slots", "weight", "batch")
+SHARED = ("cu_seqlens", "state_indices", "initial_state_indices", "ssm_state_indices", "weight", "batch")
 """What is the same object in all sets: peers keep what they derive from such descriptions of a batch."""
 
 
@@ -44,9 +44,10 @@ def _prefill(case: Case) -> Inputs:
     h, hv, size_k, size_v = case.heads
     given = prefill_inputs(case.lengths, hq=h, hk=h, hv=hv, head_k=size_k, head_v=size_v, gates=case.gates, seed=None)
     inputs = with_state(given, seed=None)
-    log_alpha = inputs.pop("g")
+    del inputs["g_space"]
     results = {"output": unwritten(inputs["v"]), "output_state": unwritten(inputs["initial_state"])}
-    return {**inputs, **results, "alpha": log_alpha.exp(), "log_alpha": log_alpha}
+    asked = {"output_final_state": True, "max_seqlen": max(case.lengths)}
+    return {**inputs, **results, **asked, "log_g": inputs["g"], "g": inputs["g"].exp()}
 
 
 def _recurrent(case: Case) -> Inputs:
@@ -55,14 +56,19 @@ def _recurrent(case: Case) -> Inputs:
         rows, steps, h=h, hv=hv, head_k=size_k, head_v=size_v, state_dtype=STATES[case.state], gates=case.gates,
         seed=None,
     )  # fmt: skip
-    inputs |= {"output": unwritten(inputs["v"]), "slots": torch.arange(rows, dtype=torch.int32)}
+    inputs["output"], state = unwritten(inputs["v"]), inputs["state"]
     if case.form == "K-major":
-        inputs["state"] = inputs["state"].mT.contiguous()
+        inputs["state"] = state.mT.contiguous()
     if case.form == "slots":  # behind those that are read, one a token
-        inputs["token_slots"] = torch.arange(rows, rows * (steps + 1), dtype=torch.int32).view(rows, steps)
-        inputs["state"] = torch.cat((inputs["state"], unwritten(inputs["state"], rows * steps)))
+        inputs["ssm_state_indices"] = torch.arange(rows, rows * (steps + 1), dtype=torch.int32).view(rows, steps)
+        state = torch.cat((state, unwritten(state, rows * steps)))
     if case.form == "snapshots":
-        inputs["snapshots"] = unwritten(inputs["state"], rows, steps)
+        inputs["intermediate_states_buffer"] = unwritten(state, rows, steps)
+    if case.operation == "verify":
+        inputs["disable_state_update"] = case.form in ("outputs", "snapshots")
+    if case.operation == "verify" or case.form == "pool":
+        slots = torch.arange(rows, dtype=torch.int32)
+        inputs |= {"state": None, "initial_state": state, "initial_state_indices": slots}
     return inputs
 
 
@@ -71,12 +77,13 @@ def _conv(case: Case) -> Inputs:
     by_channel = case.form == "update D"
     states = normal(rows, width - 1, channels).transpose(1, 2) if by_channel else normal(rows, channels, width - 1)
     x, weight = normal(sum(case.lengths), channels), normal(channels, width)
-    return {"x": x, "conv_states": states, "weight": weight, "cu_seqlens": cu_seqlens(case.lengths)}
+    packed = {"cu_seqlens": cu_seqlens(case.lengths), "has_initial_state": None} if case.form == "prefill" else {}
+    return {"x": x, "conv_states": states, "weight": weight, "state_indices": None, **packed}
 
 
 def _norm(case: Case) -> Inputs:
     shape = (case.batch, case.heads.hv, case.heads.v)
-    return {"x": normal(*shape), "z": normal(*shape), "weight": normal(case.heads.v)}
+    return {"x": normal(*shape), "z": normal(*shape), "weight": normal(case.heads.v), "eps": 1e-6}
 
 
 def _in_pool(case: Case) -> tuple[GatedDeltaNetConfig, LayerState]:
@@ -100,8 +107,9 @@ def _step(case: Case) -> Inputs:
     return {
         **heads._asdict(), "conv_states": state.conv, "conv_weight": normal(config.conv_dim, config.conv_width),
         "state": state.recurrent, "A_log": raw["A_log"], "dt_bias": raw["dt_bias"], "tickets": state.tickets,
-        "norm_weight": normal(config.head_v_dim), "slots": torch.arange(case.batch, dtype=torch.int32),
+        "norm_weight": normal(config.head_v_dim), "state_indices": torch.arange(case.batch, dtype=torch.int32),
         "output": torch.full((case.batch, config.num_v_heads, config.head_v_dim), torch.nan, dtype=torch.bfloat16),
+        "eps": 1e-6,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a run was made on: device, driver, versions, commit, and the clocks while it ran."""
+"""What a run is made on: device, driver, versions, commit, and the clocks while it goes."""
 
 import datetime
 import importlib.util
@@ -9,6 +9,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from gated_delta.dispatch import OPERATORS, explain
+from gated_delta.errors import OptionError
+
+
+def pick_device(name: str) -> str:
+    """The device to run on: "auto" is a GPU if every operator is served there, else the CPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise OptionError("command line", "--device", repr(name), '"auto", "cpu" or "cuda"')
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("command line", "--device", '"cuda"', '"cpu": torch sees no GPU here')
+    if name != "auto":
+        return name
+    served = all(explain(operator, device="cuda").chosen for operator in OPERATORS)
+    return "cuda" if torch.cuda.is_available() and served else "cpu"
 
 
 def facts(device: str) -> dict[str, str]:

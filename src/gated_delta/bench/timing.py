@@ -20,7 +20,7 @@ LAUNCH_SHOWS_US = 5000.0
 REPLAYS, LEAST_REPLAYS = 21, 5
 BUDGET_S = {"cuda": 0.6, "cpu": 0.5}
 """All replays of a case together; more than :data:`LEAST_REPLAYS` are made only within it."""
-HOST_S = 0.2
+HOST_CALLS = 100
 CACHES = 3
 """Times the L2 that rotating sets take."""
 
@@ -68,6 +68,12 @@ def timer(sets: Sequence[Call], device: torch.device) -> Timer:
     return replay
 
 
+def host(call: Call) -> Timer:
+    """A timer of what a call costs the host: many calls one after the other, the device keeping up."""
+    many = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return lambda: many.timeit(HOST_CALLS).mean * 1e6
+
+
 def _between_events(work: Call) -> float:
     """Microseconds that the GPU takes for what ``work`` launches."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -93,9 +99,3 @@ def in_turns(
     rounds = int(BUDGET_S[device.type] / max(time.monotonic() - started, 1e-9))
     times = [[turn(name) for name in timers] for _ in range(max(LEAST_REPLAYS, min(REPLAYS, rounds)))]
     return {name: spread(own) for name, own in zip(timers, zip(*times, strict=True), strict=True)}
-
-
-def host(call: Call) -> Spread:
-    """What a call costs the host: many calls one after the other, the device keeping up."""
-    many = benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return spread([seconds * 1e6 for seconds in many.blocked_autorange(min_run_time=HOST_S).times])

@@ -8,8 +8,7 @@ from torch import Tensor
 
 import gated_delta
 from gated_delta.errors import ShapeError
-from gated_delta.interop import arguments
-from gated_delta.validation.arguments import FLOATS
+from gated_delta.interop import judged
 
 
 def packed(x: Tensor) -> Tensor:
@@ -40,9 +39,7 @@ def causal_conv1d_fn(
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """From x ``[B, D, T]`` and states ``[B, D, W-1]`` the same shape as x; with ``return_final_states`` a pair."""
-    args = arguments("causal_conv1d_fn", locals())
-    args.tensor("x", x, "B D T", FLOATS, any_stride=True)
-    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    judged("causal_conv1d_fn", locals(), {"x": "B D T", "weight": "D W"})
     states = None if initial_states is None else initial_states.clone()
     if return_final_states and states is None:
         states = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)
@@ -57,19 +54,21 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One token ``[B, D]`` or several ``[B, D, T]``; conv_state ``[B, D, C]`` moves left, they come in on its right."""
-    args = arguments("causal_conv1d_update", locals())
-    args.tensor("x", x, "B D T" if x.dim() == 3 else "B D", FLOATS, any_stride=True)
-    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
-    args.tensor("conv_state", conv_state, f"{'B' if conv_state_indices is None else 'P'} D C", FLOATS, any_stride=True)
-    older = max(args.sizes["C"] - args.sizes["W"] + 1, 0)  # columns that our operator would leave alone
+    shapes = {"x": "B D T" if x.dim() == 3 else "B D", "weight": "D W"}
+    shapes["conv_state"] = "B D C" if conv_state_indices is None else "P D C"
+    judged("causal_conv1d_update", locals(), shapes)
+    columns, past = conv_state.shape[-1], weight.shape[1] - 1
+    older, tokens = max(columns - past, 0), x.shape[-1] if x.dim() == 3 else 1  # columns that our operator leaves alone
     if older and conv_state_indices is not None:
-        must = f"of {args.sizes['W'] - 1} columns with conv_state_indices"
-        raise ShapeError(args.where, "conv_state", f"of {args.sizes['C']} columns", must)
-    rows = x.unsqueeze(1) if x.dim() == 2 else x.mT
-    shifted = torch.cat((conv_state, rows.mT), -1)[..., rows.shape[1] :] if older else conv_state
+        must = f"of {past} columns with conv_state_indices"
+        raise ShapeError("causal_conv1d_update", "conv_state", f"of {columns} columns", must)
+    moved = conv_state if tokens <= past else torch.cat((conv_state, x), -1)
+    moved = moved[..., tokens : tokens + older].clone() if older else None
+    rows = x if x.dim() == 2 else x.squeeze(2) if tokens == 1 else x.mT
     y = gated_delta.causal_conv1d_update(
-        rows[:, 0].contiguous() if rows.shape[1] == 1 else rows.contiguous(), conv_state[..., older:], weight, bias,
-        activation=activation, state_indices=conv_state_indices,
+        rows if rows.stride(-1) == 1 else rows.contiguous(), conv_state[..., older:] if older else conv_state, weight,
+        bias, activation=activation, state_indices=conv_state_indices,
     )  # fmt: skip
-    conv_state[..., :older] = shifted[..., :older]
+    if moved is not None:
+        conv_state[..., :older] = moved
     return y.view(x.shape) if y.dim() == 2 else y.mT

@@ -7,17 +7,25 @@
 Every error is an ``ArgumentError``, which names the argument, what it is and what it must be.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import gated_delta
 from gated_delta import reference
 from gated_delta.errors import OptionError, ShapeError
-from gated_delta.interop import arguments, conv
+from gated_delta.interop import conv, judged
 from gated_delta.interop.conv import equal_lengths, packed
-from gated_delta.validation.arguments import FLOATS, INDICES, Arguments
+from gated_delta.validation.arguments import Arguments
 
 Result = tuple[Tensor, Tensor | None]
+TENSORS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias")
+OPTIONS = (
+    "scale", "output_final_state", "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel",
+    "allow_neg_eigval", "state_v_first",
+)  # fmt: skip
+"""What both forms of the rule take; other parameters change no result."""
 
 
 def chunk_gated_delta_rule(
@@ -29,11 +37,7 @@ def chunk_gated_delta_rule(
     dt_bias: Tensor | None = None, chunk_size: int = 64, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None; cu_seqlens_cpu, chunk_indices, chunk_size change no result."""
-    args = arguments("fla.chunk_gated_delta_rule", locals())
-    return _rule(
-        args, False, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
-    )  # fmt: skip
+    return _rule("fla.chunk_gated_delta_rule", locals())
 
 
 def fused_recurrent_gated_delta_rule(
@@ -45,56 +49,41 @@ def fused_recurrent_gated_delta_rule(
     *, transpose_state_layout: object = None,
 ) -> Result:  # fmt: skip
     """Output ``[B, T, HV, V]`` and final states or None."""
-    args = arguments("fla.fused_recurrent_gated_delta_rule", locals())
-    return _rule(
-        args, True, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
-    )  # fmt: skip
+    return _rule("fla.fused_recurrent_gated_delta_rule", locals())
 
 
-def _check(
-    args: Arguments, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    cu_seqlens: Tensor | None, initial_state: Tensor | None, v_first: bool,
-) -> None:  # fmt: skip
-    """Shapes, which our operators would name by their own words."""
-    for name, value, heads in (("q", q, "H K"), ("k", k, "H K"), ("v", v, "HV V")):
-        args.tensor(name, value, f"B T {heads}", FLOATS, any_stride=True)
-    for name, value in (("g", g), ("beta", beta)):
-        args.optional(name, value, "B T HV", FLOATS, any_stride=True)
-    if cu_seqlens is not None and q.shape[0] != 1:
-        raise ShapeError(args.where, "q", f"of {q.shape[0]} rows", "of 1 row, which cu_seqlens cuts into sequences")
-    args.optional("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    states = f"{'B' if cu_seqlens is None else 'N'} HV {'V K' if v_first else 'K V'}"
-    args.optional("initial_state", initial_state, states, FLOATS, any_stride=True)
-
-
-def _rule(
-    args: Arguments, recurrent: bool, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    scale: float | None, state: Tensor | None, keep: bool, l2norm: bool, raw_gate: bool, A_log: Tensor | None,
-    dt_bias: Tensor | None, raw_beta: bool, doubled: bool, v_first: bool, cu_seqlens: Tensor | None,
-) -> Result:  # fmt: skip
-    """Both functions: raw gates of equal sequences may go to a recurrent operator, the rest to the chunked one."""
-    _check(args, q, k, v, g, beta, cu_seqlens, state, v_first)
+def _rule(where: str, given: dict[str, Any]) -> Result:
+    """Both functions, by their parameters: equal sequences may go to a recurrent operator."""
+    q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias = (given[name] for name in TENSORS)
+    scale, keep, l2norm, raw_gate, raw_beta, doubled, v_first = (given[name] for name in OPTIONS)
+    shapes = {"q": "B T H K", "k": "B T H K", "v": "B T HV V", "g": "?B T HV", "beta": "?B T HV", "cu_seqlens": "?N+1"}
+    shapes["initial_state"] = f"?{'B' if cu_seqlens is None else 'N'} HV {'V K' if v_first else 'K V'}"
+    judged(where, given, shapes)
+    if cu_seqlens is not None and len(q) != 1:
+        raise ShapeError(where, "q", f"of {len(q)} rows", "of 1 row, which cu_seqlens cuts into sequences")
     if doubled and not raw_beta:
         must = "False without use_beta_sigmoid_in_kernel=True, which computes the beta that it doubles"
-        raise OptionError(args.where, "allow_neg_eigval", True, must)
+        raise OptionError(where, "allow_neg_eigval", True, must)
+    for name in ("g", "A_log") if raw_gate else ():
+        Arguments(where).needed(name, given[name] is not None, "use_gate_in_kernel makes the decay from it")
     batch, tokens, heads, head_v = v.shape
     states = (batch if cu_seqlens is None else len(cu_seqlens) - 1, heads, head_v, q.shape[-1])
     state = state if state is None or v_first else state.mT
     if raw_gate:
-        for name, value in (("g", g), ("A_log", A_log)):
-            args.needed(name, value is not None, "use_gate_in_kernel makes the decay from it")
-        assert g is not None and A_log is not None
         A_log, dt_bias = A_log.float(), torch.zeros_like(A_log) if dt_bias is None else dt_bias
-        if recurrent and raw_beta and beta is not None and cu_seqlens is None and tokens:
+    gated = given["g"] is not None and given["beta"] is not None and raw_gate == raw_beta
+    if "recurrent" in where and gated and cu_seqlens is None and tokens:
+        if state is None:
             final = v.new_zeros(states, dtype=torch.float32)
-            if state is not None:
-                final.copy_(state)  # the operator writes its states
-            output, _ = gated_delta.gated_delta_rule_decode_pretranspose(
-                packed(q[None]), packed(k[None]), packed(v[None]), final, A_log, packed(g[None]), dt_bias,
-                packed(beta[None]), scale, use_qk_l2norm=l2norm, allow_neg_eigval=doubled,
-            )  # fmt: skip
-            return output, (final if v_first else final.mT) if keep else None
+        else:  # the operator writes its states
+            final = state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        q, k, v, a, b = (y if y.stride(-1) == 1 else y.contiguous() for y in (q, k, v, g, beta))
+        A_log, dt_bias = (A_log, dt_bias) if raw_gate else (None, None)
+        output, _ = gated_delta.gated_delta_rule_decode_pretranspose(
+            q, k, v, final, A_log, a, dt_bias, b, scale, use_qk_l2norm=l2norm, allow_neg_eigval=doubled
+        )
+        return output, (final if v_first else final.mT) if keep else None
+    if raw_gate:
         g = reference.decay(A_log, g, dt_bias)
     if raw_beta and beta is not None:
         beta = reference.write_strength(beta, allow_neg_eigval=doubled)
@@ -119,26 +108,20 @@ def causal_conv1d(
 
     residual is added behind the activation; backend, cu_seqlens_cpu and chunk_indices change no result.
     """
-    args = arguments("fla.causal_conv1d", locals())
-    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
+    shapes = {"weight": "D W", "x": "B T D", "cu_seqlens": "?N+1"}
+    shapes["initial_state"] = "?B D W" if cu_seqlens is None else "?N D W"
+    judged("fla.causal_conv1d", {**locals(), "x": x.flatten(2)}, shapes)
     assert weight is not None
-    args.tensor("x", x if x.dim() == 3 else x.flatten(2), "B T D", FLOATS, any_stride=True)
     rows = packed(x.flatten(2))
     cu_seqlens = equal_lengths(x.shape[0], x.shape[1], x.device) if cu_seqlens is None else cu_seqlens
-    args.tensor("cu_seqlens", cu_seqlens, "N+1", INDICES, any_stride=True)
-    args.optional("initial_state", initial_state, "N D W", FLOATS, any_stride=True)
-    states, (dim, width) = initial_state, weight.shape
-    states = rows.new_zeros(len(cu_seqlens) - 1, dim, width) if states is None else states
+    states = rows.new_zeros(len(cu_seqlens) - 1, *weight.shape) if initial_state is None else initial_state
     y = conv.convolved(rows[None], weight, bias, states[..., 1:].clone(), activation, cu_seqlens).view(x.shape)
     y = y if residual is None else y + residual
     if not output_final_state:
         return y, None
-    # Of the last W inputs of a sequence, those before its first token are the end of its state.
-    last = cu_seqlens[1:, None] + torch.arange(-width, 0, device=x.device)
-    inside = last - cu_seqlens[:-1, None]
-    ends = len(rows) + width * torch.arange(1, len(cu_seqlens), device=x.device)[:, None]
-    known = torch.cat((rows, states.mT.flatten(0, 1).to(rows.dtype)))
-    return y, known[torch.where(inside >= 0, last, ends + inside)].mT
+    kept, starts, _ = reference.extend(rows, states.mT.to(rows.dtype), cu_seqlens)
+    last = starts[1:, None] + torch.arange(-weight.shape[1], 0, device=x.device)
+    return y, kept[last].mT
 
 
 def causal_conv1d_update(
@@ -146,9 +129,7 @@ def causal_conv1d_update(
     bias: Tensor | None = None, activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token a row, ``[N, D]``, ``[1, N, D]`` or ``[N, 1, D]``; cache ``[N, D, W]`` is written, and returned."""
-    args = arguments("fla.causal_conv1d_update", locals())
-    args.tensor("weight", weight, "D W", FLOATS, any_stride=True)
-    args.tensor("cache", cache, "N D W", FLOATS, any_stride=True)
+    judged("fla.causal_conv1d_update", locals(), {"weight": "D W", "cache": "N D W"})
     assert weight is not None
     rows = (x.flatten(2) if x.dim() > 3 else x).flatten(0, -2)
     y = conv.causal_conv1d_update(rows, cache, weight, bias, activation).view(x.shape)

@@ -91,17 +91,12 @@ def _recurrent(
         return _chunk(
             query, key, value, g, beta, 64, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
         )
-    # The decode operators make their own gates. These are the raw ones that give e^g and beta with A_log = dt_bias = 0:
-    # softplus(a) = -g, and 2 sigmoid(b) = beta, for OLMo-hybrid's betas of up to 2. Beyond 200 they are 0 or 1 in fp32.
-    g, zeros = g.float(), torch.zeros_like(g[0, 0], dtype=torch.float32)
-    a, b = (x.clamp(-200, 200) for x in (torch.log(-torch.expm1(g)) - g, torch.logit(beta.float() / 2)))
     state = initial_state if output_final_state else initial_state.clone()  # a cache takes the new state in any case
     v_first = state.stride(-1) != 1  # as a cache lies in memory that took its first state from us, not from stock
     decode = gated_delta.gated_delta_rule_decode_pretranspose if v_first else gated_delta.gated_delta_rule_decode
     output, _ = decode(
-        query, key, value, state.mT if v_first else state, zeros, a, zeros, b, use_qk_l2norm=use_qk_l2norm_in_kernel,
-        allow_neg_eigval=True,
-    )  # fmt: skip
+        query, key, value, state.mT if v_first else state, None, g, None, beta, use_qk_l2norm=use_qk_l2norm_in_kernel
+    )
     return output, state if output_final_state else None
 
 

@@ -84,7 +84,7 @@ class _Served:
     """What is ours of the layer, before the engine's own class. ``self.config`` is the shape of this rank's part."""
 
     _plain_rows, _spec_rows, _step = _ours._plain_rows, _ours._spec_rows, _ours._step
-    _prefill, _rule, split_heads = _ours._prefill, _ours._rule, _ours.split_heads
+    _prefill, _rule = _ours._prefill, _ours._rule
 
     def __init__(self: Any, config: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, vllm_config, *args, **kwargs)  # type: ignore[call-arg]
@@ -171,9 +171,8 @@ def _parts(m: Any) -> list[_Part]:
     rows, count, parts = decodes + m.num_prefills, m.num_spec_decode_tokens, []
     if spec:
         batch = GatedDeltaNetBatch(
-            num_prefills=0, num_prefill_tokens=0, num_decodes=0, num_decode_tokens=0, num_spec_decodes=spec,
-            num_spec_decode_tokens=count, num_actual_tokens=count, num_accepted_tokens=m.num_accepted_tokens[:spec],
-            spec_query_start_loc=m.spec_query_start_loc[: spec + 1],
+            num_spec_decodes=spec, num_spec_decode_tokens=count, num_actual_tokens=count,
+            num_accepted_tokens=m.num_accepted_tokens[:spec], spec_query_start_loc=m.spec_query_start_loc[: spec + 1],
             spec_state_indices=m.spec_state_indices_tensor[:spec],
         )  # fmt: skip
         parts.append((batch, m.spec_token_indx if rows else slice(count), _NONE))
@@ -190,8 +189,8 @@ def _parts(m: Any) -> list[_Part]:
 def _plain(decodes: int, starts: Tensor, slots: Tensor, known: Tensor | None, count: int) -> GatedDeltaNetBatch:
     return GatedDeltaNetBatch(
         num_prefills=len(slots) - decodes, num_prefill_tokens=count - decodes, num_decodes=decodes,
-        num_decode_tokens=decodes, num_spec_decodes=0, num_spec_decode_tokens=0, num_actual_tokens=count,
-        has_initial_state=known, non_spec_query_start_loc=starts, non_spec_state_indices=slots,
+        num_decode_tokens=decodes, num_actual_tokens=count, has_initial_state=known,
+        non_spec_query_start_loc=starts, non_spec_state_indices=slots,
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 import gated_delta
 from gated_delta.interop import arguments
 from gated_delta.interop.conv import packed
-from gated_delta.validation.arguments import FLOATS
 
 
 def causal_conv1d_fn(
@@ -21,9 +20,8 @@ def causal_conv1d_fn(
     initial_state_idx: Tensor | None = None, num_computed_tokens: Tensor | None = None, block_size_to_align: int = 0,
 ) -> Tensor:  # fmt: skip
     """From packed x ``[D, L]`` the same; conv_states ``[P, D, >=W-1]``: read where has_initial_state, written."""
-    args = arguments("vllm.causal_conv1d_fn", locals())
+    args = arguments("vllm.causal_conv1d_fn", locals(), {"x": "D L"})
     args.word("pad_slot_id", pad_slot_id, (-1,), "-1: every negative slot is padding here")
-    args.tensor("x", x, "D L", FLOATS, any_stride=True)
     if has_initial_state is None:
         has_initial_state = torch.zeros(len(query_start_loc) - 1, dtype=torch.bool, device=x.device)
     return gated_delta.causal_conv1d(
@@ -44,10 +42,9 @@ def causal_conv1d_update(
     """One token a row ``[N, D]``, several ``[N, D, T]``, or ragged rows ``[L, D]`` by query_start_loc; the result is
     written to ``out``, or to x where that is None.
     """
-    args = arguments("vllm.causal_conv1d_update", locals())
     spec = "N D T" if x.dim() == 3 else "N D" if query_start_loc is None else "L D"
-    args.tensor("x", x, spec, FLOATS, any_stride=True)
-    args.optional("out", out, spec, (x.dtype,), any_stride=True, written=True)
+    args = arguments("vllm.causal_conv1d_update", locals(), {"x": spec})
+    args.tensor("out", out, spec, (x.dtype,), optional=True, any_stride=True, written=True)
     y = gated_delta.causal_conv1d_update(
         (x.mT if x.dim() == 3 else x).contiguous(), conv_state, weight, bias,
         activation="silu" if activation is True else activation or None, state_indices=conv_state_indices,

@@ -4,8 +4,6 @@ Rows whose slot is padding are left out before anything is computed, so what the
 nothing.
 """
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ def _live(slots: Tensor | None, null_slot: int, rows: int, device: torch.device)
     if slots is None:
         every = torch.arange(rows, device=device)
         return every, every
-    live = ((slots >= 0) & (slots != null_slot)).nonzero()[:, 0]
+    live = library.is_live(slots, null_slot).nonzero()[:, 0]
     return live, slots[live].long()
 
 
@@ -47,14 +45,14 @@ def prefill(call: Prefill) -> None:
     alpha = ones if g is None else g.exp() if call.log_gates else g
     if call.zero_padding:
         output.zero_()
-    result = reference.chunked(
+    _, final, checkpoints = reference.chunked(
         q, k, v, alpha, ones if beta is None else beta, call.scale, state, spans,
         checkpoint_every=call.checkpoint_every, out=output, prepare=torch.float64,
     )  # fmt: skip
     if call.final_state is not None:
-        call.final_state[slots] = result.state.to(call.final_state.dtype)
+        call.final_state[slots] = final.to(call.final_state.dtype)
     if call.checkpoints is not None and call.checkpoint_starts is not None:
-        for first, kept in zip(call.checkpoint_starts[live].tolist(), result.checkpoints, strict=True):
+        for first, kept in zip(call.checkpoint_starts[live].tolist(), checkpoints, strict=True):
             if kept:
                 call.checkpoints[first : first + len(kept)] = torch.stack(kept).to(call.checkpoints.dtype)
 
@@ -66,8 +64,11 @@ def recurrent(call: Recurrent) -> None:
     q, k = call.q[live].float(), call.k[live].float()
     if call.use_qk_l2norm:
         q, k = reference.l2norm(q), reference.l2norm(k)
-    alpha = reference.decay(call.A_log, call.a[live], call.dt_bias)
-    beta = reference.write_strength(call.b[live], allow_neg_eigval=call.allow_neg_eigval)
+    if call.A_log is None or call.dt_bias is None:
+        alpha, beta = call.a[live].float().exp(), call.b[live]
+    else:
+        alpha = reference.decay(call.A_log, call.a[live], call.dt_bias)
+        beta = reference.write_strength(call.b[live], allow_neg_eigval=call.allow_neg_eigval)
     every = 0 if snapshots is None and token_slots is None else 1
     result, final, states = reference.recurrent(
         q, k, call.v[live], alpha, beta, call.scale, pool[slots].contiguous(), keep_every=every
@@ -97,8 +98,7 @@ def causal_conv1d(call: CausalConv1d) -> None:
 def causal_conv1d_update(call: CausalConv1dUpdate) -> None:
     x, output, cu_seqlens = call.x, call.output, call.cu_seqlens
     if cu_seqlens is None:
-        steps = 1 if x.dim() == 2 else x.shape[1]
-        cu_seqlens = torch.arange(len(x) + 1, device=x.device) * steps
+        cu_seqlens = torch.arange(len(x) + 1, device=x.device) * x.shape[1:-1].numel()
         call = call._replace(x=x.reshape(-1, x.shape[-1]), output=output.view(-1, x.shape[-1]))
     _convolve(call, cu_seqlens)
 
@@ -108,10 +108,10 @@ def _convolve(call: CausalConv1dUpdate, cu_seqlens: Tensor, has_state: Tensor | 
     the last sequence and rows of padding give zeros.
     """
     weight, conv_states, accepted = call.weight, call.conv_states, call.num_accepted_tokens
-    total, rows, past = int(cu_seqlens[-1]), len(cu_seqlens) - 1, weight.shape[1] - 1
+    total, count, past = int(cu_seqlens[-1]), len(cu_seqlens) - 1, weight.shape[1] - 1
     call.output[total:] = 0
     x, output = call.x[:total], call.output[:total]
-    live, slots = _live(call.state_indices, call.null_slot, rows, x.device)
+    live, slots = _live(call.state_indices, call.null_slot, count, x.device)
     columns = past if accepted is None else conv_states.shape[-1]
     kept = window = conv_states[slots, :, :columns].transpose(1, 2).float()
     if accepted is not None:
@@ -119,22 +119,21 @@ def _convolve(call: CausalConv1dUpdate, cu_seqlens: Tensor, has_state: Tensor | 
         kept = window.gather(1, column[..., None].expand(-1, -1, x.shape[1]))
     if has_state is not None:  # chosen, not multiplied: an unused slot may hold NaN
         kept = torch.where(has_state[live, None, None], kept, 0.0)
-    history = x.new_zeros(rows, past, x.shape[1], dtype=torch.float32).index_copy(0, live, kept)
-    extended = reference.extend(x, history, cu_seqlens)
-    output.copy_(reference.causal_conv1d(extended, weight, call.bias, "silu" if call.activate else None))
-    if len(live) < rows:
-        padding = torch.ones(rows, dtype=torch.bool, device=output.device).index_fill(0, live, False)
-        row = torch.searchsorted(extended.starts, extended.tokens, right=True) - 1
-        output[padding[row]] = 0
+    history = x.new_zeros(count, past, x.shape[1], dtype=torch.float32).index_copy(0, live, kept)
+    rows, starts, tokens = reference.extend(x, history, cu_seqlens)
+    output.copy_(reference.causal_conv1d(rows, tokens, weight, call.bias, "silu" if call.activate else None))
+    if len(live) < count:
+        padding = torch.ones(count, dtype=torch.bool, device=output.device).index_fill(0, live, False)
+        output[padding.repeat_interleave(cu_seqlens.diff())] = 0
     # The new window begins one input after the history did and ends with the last token (or, where nothing is
     # speculative, is the last W - 1 inputs); columns behind it keep what they hold.
-    starts, ends = extended.starts[live], extended.starts[live + 1]
+    starts, ends = starts[live], starts[live + 1]
     first_kept = starts + 1 if accepted is not None else ends - past
     source = first_kept[:, None] + torch.arange(columns, device=x.device)
     fresh = source < ends[:, None]
     if accepted is not None:  # a row without tokens keeps what it has
         fresh &= (ends - starts > past)[:, None]
-    window = torch.where(fresh[..., None], extended.rows[torch.minimum(source, ends[:, None] - 1)], window)
+    window = torch.where(fresh[..., None], rows[torch.minimum(source, ends[:, None] - 1)], window)
     conv_states[slots, :, :columns] = window.transpose(1, 2).to(conv_states.dtype)
 
 
@@ -149,4 +148,4 @@ def gates(call: library.Gates) -> None:
 
 
 def gated_delta_net_step(call: GatedDeltaNetStep) -> None:
-    composed(sys.modules[__name__], call)
+    composed("cpu", call)

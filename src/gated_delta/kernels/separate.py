@@ -1,15 +1,12 @@
 """The step of a layer as three operators of another backend: convolution, rule, gated norm."""
 
-from importlib import import_module
-from typing import Any
-
 import torch
 
-from gated_delta.library import CausalConv1dUpdate, GatedDeltaNetStep, Recurrent, RmsNormGated
+from gated_delta.library import CausalConv1dUpdate, GatedDeltaNetStep, Recurrent, RmsNormGated, is_live, run
 
 
-def composed(kernels: Any, call: GatedDeltaNetStep) -> None:
-    """The operator with the functions of ``kernels``, a backend. Ragged rows are padded to the longest for the rule."""
+def composed(backend: str, call: GatedDeltaNetStep) -> None:
+    """The operator by those of a backend. Ragged rows are padded to the longest for the rule."""
     q, k, v, state_indices, accepted = call.q, call.k, call.v, call.state_indices, call.num_accepted_tokens
     cu_seqlens, null_slot, output = call.cu_seqlens, call.null_slot, call.output
     x = torch.cat([y.flatten(1) for y in (q, k, v)], dim=-1)
@@ -17,11 +14,11 @@ def composed(kernels: Any, call: GatedDeltaNetStep) -> None:
     read = slots[:, 0]
     if accepted is not None:
         read = slots.gather(1, accepted[:, None].long() - 1)[:, 0]
-    live = (slots[:, 0] >= 0) & (slots[:, 0] != null_slot) & (read >= 0) & (read != null_slot)
+    live = is_live(slots[:, 0], null_slot) & is_live(read, null_slot)
     first, read = (torch.where(live, index, -1) for index in (slots[:, 0], read))
     mixed = torch.empty_like(x)
     window = (call.conv_states, call.conv_weight, None, True, first, accepted, cu_seqlens, null_slot)
-    kernels.causal_conv1d_update(CausalConv1dUpdate(x, *window, mixed))
+    run("causal_conv1d_update", CausalConv1dUpdate(x, *window, mixed), backend)
     row = token = torch.arange(len(x), device=x.device)
     step, at, kept = torch.zeros_like(row), row[:, None], None
     if cu_seqlens is not None:
@@ -40,12 +37,12 @@ def composed(kernels: Any, call: GatedDeltaNetStep) -> None:
         q, k, v, call.state, True, call.A_log, a, call.dt_bias, b, call.scale, True, call.allow_neg_eigval, read,
         null_slot, kept is None, None, kept, None, core, True,
     )  # fmt: skip
-    kernels.recurrent(rule)
+    run("recurrent", rule, backend)
     core, gate = core[row, step % slots.shape[1]], call.z.flatten(1, 2)
-    kernels.rms_norm_gated(RmsNormGated(core, gate, call.norm_weight, call.eps, call.activation, output))
+    run("rms_norm_gated", RmsNormGated(core, gate, call.norm_weight, call.eps, call.activation, output), backend)
     output.masked_fill_(~live[:, None, None], 0.0)
 
 
 def gated_delta_net_step(call: GatedDeltaNetStep) -> None:
     """The operator, by Triton's kernels."""
-    composed(import_module("gated_delta.kernels.triton"), call)
+    composed("triton", call)

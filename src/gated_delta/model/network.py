@@ -1,4 +1,6 @@
-"""The small hybrid language model: byte embeddings, GDN and attention layers, a tied output projection."""
+"""The small hybrid language model: byte embeddings, GDN and attention layers, a tied output projection; its weights."""
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,9 @@ from gated_delta.batch import GatedDeltaNetBatch
 from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.model.config import VOCABULARY, HybridConfig
 from gated_delta.model.session import Session
+from gated_delta.parallel import opened_file
+
+WEIGHTS = Path(__file__).with_name("hybrid_lm.safetensors")
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -101,3 +106,24 @@ class HybridLM(nn.Module):
             for block in self.blocks:
                 x = block(x, session, batch)
             return F.linear(self.norm(x), self.embedding.weight)
+
+
+def load_model(device: torch.device | str = "cpu", path: Path = WEIGHTS) -> HybridLM:
+    """The bundled language model in fp32 (stored in bf16), ready to generate.
+
+    Raises:
+        OptionError: safetensors is not installed, or ``path`` is no safetensors file.
+    """
+    model = HybridLM()
+    model.load_state_dict(_read(path)[0])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def weights_facts(path: Path = WEIGHTS) -> dict[str, str]:
+    """What training wrote beside the weights: text, steps, bits per byte. Raises as :func:`load_model`."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with opened_file("load_model", "path", path) as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118

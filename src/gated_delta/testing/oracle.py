@@ -1,12 +1,23 @@
 """The rule token by token around the operators' own arguments: exact in float64, plain in fp32."""
 
+from collections.abc import Callable
+from inspect import signature
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gated_delta import reference
+from gated_delta.testing.inputs import Inputs
+
+AT_ONCE = 1 << 8
+"""Rows times heads of a step evaluated together: what float64 takes must fit beside the rest."""
+
+Results = dict[str, Tensor]
+"""What a call leaves: "output" and, where it is asked for, "state" (the final ones), "kept" (those after every token or
+at checkpoints), both ``[..., V, K]``, and "window" (those of a convolution)."""
 
 
 class Evaluation(NamedTuple):
@@ -74,7 +85,7 @@ def conv(
 ) -> Tensor:  # fmt: skip
     """Causal convolution by its definition, one tap at a time; history ``[N, W-1, D]`` -> ``[L, D]``."""
     width = weight.shape[1]
-    y = torch.zeros(x.shape, dtype=dtype)
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         inputs = torch.cat((history[i].to(dtype), x[start:end].to(dtype)))
         for tap in range(width):
@@ -82,3 +93,88 @@ def conv(
     if bias is not None:
         y = y + bias.to(dtype)
     return y * torch.sigmoid(y) if activation else y
+
+
+def arguments(function: Callable[..., Any], given: Inputs) -> Inputs:
+    """Those of ``given`` that a function takes."""
+    return {name: x for name, x in given.items() if name in signature(function).parameters}
+
+
+def results(operator: str, given: Inputs, output: Tensor, final: Tensor | None = None) -> Results:
+    """What a call of an operator of ours left in its arguments ``given``, and what it returned."""
+    left, slots = {"output": output}, given.get("ssm_state_indices")
+    kept = given.get("state_checkpoints", given.get("intermediate_states_buffer"))
+    if slots is not None:
+        kept = given["initial_state"][slots.long()]
+    elif "A_log" in given and not given.get("disable_state_update"):
+        left["state"] = _states(operator, given)
+    elif "A_log" not in given and final is not None:
+        left["state"] = final
+    left |= {} if kept is None else {"kept": kept}
+    return left | ({"window": _rows(given["conv_states"], given["state_indices"])} if "conv_states" in given else {})
+
+
+def evaluate(
+    operator: str, given: Inputs, *, dtype: torch.dtype = torch.float64, operands: torch.dtype | None = None
+) -> Results:
+    """The same as it should be, before the call. ``operands``: as for :func:`prefill`, which only that has."""
+    if operator == "chunk_gated_delta_rule":
+        output, state, kept = prefill(**arguments(prefill, given), dtype=dtype, operands=operands)
+        return {"output": output, "state": state, **({"kept": torch.stack(kept)} if kept else {})}
+    if operator == "rms_norm_gated":
+        return {"output": _norm(**given, dtype=dtype)}
+    if operator == "gated_delta_net_step":
+        return _step(given, dtype)
+    return _recurrent(operator, given, dtype) if "A_log" in given else _convolved(given, dtype)
+
+
+def _rows(pool: Tensor, slots: Tensor | None) -> Tensor:
+    return pool if slots is None else pool[slots.long()]
+
+
+def _states(operator: str, given: Inputs) -> Tensor:
+    """Of the rows of a step, as they are now: ``[B, HV, V, K]``."""
+    pool = given["initial_state"] if given.get("state") is None else given["state"]
+    state = _rows(pool, given.get("initial_state_indices", given.get("state_indices")))
+    return state.mT if operator == "gated_delta_rule_decode" else state
+
+
+def _norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, activation: str = "silu") -> Tensor:
+    gate = getattr(functional, activation)(z.to(dtype))
+    return functional.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps) * gate
+
+
+def _convolved(given: Inputs, dtype: torch.dtype) -> Results:
+    """Packed sequences, or rows of as many tokens each."""
+    x, weight, states = given["x"], given["weight"], _rows(given["conv_states"], given["state_indices"])
+    rows, past, accepted = x.flatten(0, -2), weight.shape[1] - 1, given.get("num_accepted_tokens")
+    cu_seqlens = given.get("cu_seqlens", torch.arange(len(x) + 1) * (len(rows) // len(x)))
+    first = [0] * len(states) if accepted is None else (accepted - 1).tolist()
+    history = torch.stack([state[:, column : column + past].T for state, column in zip(states, first, strict=True)])
+    output = conv(rows, weight, given.get("bias"), history, cu_seqlens, "silu", dtype=dtype)
+    every = [torch.cat((h, rows[a:b])) for h, (a, b) in zip(history, pairwise(cu_seqlens.tolist()), strict=True)]
+    window = torch.stack([own[len(own) - past if accepted is None else 1 :].T for own in every])
+    return {"output": output.view(x.shape), "window": window.to(dtype)}
+
+
+def _recurrent(operator: str, given: Inputs, dtype: torch.dtype) -> Results:
+    """A few rows at a time."""
+    rows, found = {"state": _states(operator, given), **{name: given[name] for name in "qkvab"}}, []
+    for part in zip(*(x.split(max(1, AT_ONCE // given["v"].shape[2])) for x in rows.values()), strict=True):
+        own = dict(zip(rows, part, strict=True))
+        output, state, kept = recurrent(**own, A_log=given["A_log"], dt_bias=given["dt_bias"], dtype=dtype)
+        left = {"output": output, "state": state, "kept": torch.stack(kept, 1)}
+        found.append({name: left[name] for name in results(operator, given, output) if name in left})
+    return {name: torch.cat([left[name] for left in found]) for name in found[0]}
+
+
+def _step(given: Inputs, dtype: torch.dtype) -> Results:
+    """A token a row: the parts one after the other, nothing rounded between them."""
+    x = torch.cat([given[name].flatten(1) for name in "qkv"], -1)
+    mixed = _convolved({**given, "x": x, "weight": given["conv_weight"]}, dtype)
+    parts = mixed["output"][:, None].split([given[name][0].numel() for name in "qkv"], -1)
+    heads = {n: y.unflatten(-1, (-1, given[n].shape[-1])) for n, y in zip("qkv", parts, strict=True)}
+    gates = {name: given[name].flatten(1)[:, None] for name in "ab"}
+    found, z = _recurrent("gated_delta_net_step", given | heads | gates, dtype), given["z"].flatten(1, 2)
+    normed = _norm(found["output"][:, 0], z, given["norm_weight"], given["eps"], dtype)
+    return {**found, "output": normed, "window": mixed["window"]}

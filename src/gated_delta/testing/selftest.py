@@ -1,13 +1,12 @@
 """Every operator and the layer against float64: what ``gated-delta check`` runs, and our own tests too."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import gated_delta as gd
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
@@ -33,101 +32,62 @@ def _name(dtype: torch.dtype) -> str:
     return describe_dtypes([dtype])
 
 
-def _both(evaluate: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-    """The plain evaluation and the exact one."""
-    return [evaluate(*args, **options, dtype=dtype) for dtype in (torch.float32, torch.float64)]
-
-
-def _judged(evaluations: Sequence[oracle.Evaluation], **results: Tensor) -> list[Verdict]:
-    """Results by the fields of the evaluations that are named so."""
-    return [judge(name, x, *(getattr(each, name) for each in evaluations)) for name, x in results.items()]
-
-
-def _evaluations(inputs: Inputs, device: str, **options: Any) -> list[oracle.Evaluation]:
-    """Of a prefill: GPUs multiply in tensor cores, and so in the dtype of the activations."""
-    operands = None if device == "cpu" else inputs["q"].dtype
-    plain = oracle.prefill(**inputs, **options, dtype=torch.float32, operands=operands)
-    return [plain, oracle.prefill(**inputs, **options)]
-
-
-def _prefill(make: Callable[[], Inputs], device: str) -> list[Verdict]:
-    inputs = make()
-    output, state = gd.chunk_gated_delta_rule(**to_device(inputs, device), output_final_state=True)
-    return _judged(_evaluations(inputs, device), output=output, state=state)
-
-
-def _checkpoints(device: str) -> list[Verdict]:
-    inputs = with_state(prefill_inputs([200, 0, 64, 300]), dtype=torch.bfloat16)
-    starts = torch.tensor([0, 3, 3, 4, 8], dtype=torch.int32, device=device)
-    stored = torch.zeros(8, 4, 64, 64, device=device)
-    gd.chunk_gated_delta_rule(
-        **to_device(inputs, device), state_checkpoints=stored, checkpoint_cu_starts=starts, checkpoint_every_n_tokens=64
-    )
-    plain, exact = (torch.stack(found.kept) for found in _evaluations(inputs, device, checkpoint_every_n_tokens=64))
-    return [judge("checkpoints", stored, plain, exact)]
-
-
-def _decode(operator: str, dtype: torch.dtype, state_dtype: torch.dtype, device: str) -> list[Verdict]:
-    inputs = recurrent_inputs(5, dtype=dtype, state_dtype=state_dtype, head_k=96, head_v=128)
-    evaluations = _both(oracle.recurrent, **inputs)
+def _operator(operator: str, make: Callable[[], Inputs], device: str) -> list[Verdict]:
+    """One call with the arguments that ``make`` makes: all that it leaves."""
+    inputs, operands = make(), None
+    if operator == "chunk_gated_delta_rule":
+        inputs["output_final_state"] = True
+        operands = None if device == "cpu" else inputs["q"].dtype  # of tensor cores
+    plain = oracle.evaluate(operator, inputs, dtype=torch.float32, operands=operands)
+    exact = oracle.evaluate(operator, inputs)
     given = to_device(inputs, device)  # on the same device the operator writes into these very tensors
-    k_first = operator == "gated_delta_rule_decode"
-    given["state"] = given["state"].mT.contiguous() if k_first else given["state"]
-    output, state = getattr(gd, operator)(**given)
-    return _judged(evaluations, output=output, state=state.mT if k_first else state)
+    returned = getattr(gd, operator)(**given)
+    found = oracle.results(operator, given, *(returned if isinstance(returned, tuple) else (returned,)))
+    return [judge(name, x, plain[name], exact[name]) for name, x in found.items()]
 
 
-def _mtp(tokens: int, state_dtype: torch.dtype, device: str) -> list[Verdict]:
-    inputs = recurrent_inputs(3, tokens, state_dtype=state_dtype)
-    given = to_device(inputs, device)
-    state = given.pop("state")
-    pool = torch.full((7, *state.shape[1:]), torch.nan, dtype=state_dtype, device=device)
-    slots = torch.tensor([4, 1, 6], device=device)
-    pool[slots] = state
-    snapshots = torch.empty(3, tokens, *state.shape[1:], dtype=state_dtype, device=device)
-    output, pool = gd.gated_delta_rule_mtp(
-        **given, initial_state=pool, initial_state_indices=slots, intermediate_states_buffer=snapshots,
-        disable_state_update=False,
-    )  # fmt: skip
-    evaluations = _both(oracle.recurrent, **inputs)
-    kept = judge("snapshots", snapshots, *(torch.stack(each.kept, 1) for each in evaluations))
-    return [*_judged(evaluations, output=output, state=pool[slots]), kept]
+def _checkpoints() -> Inputs:
+    stored, starts = torch.zeros(8, 4, 64, 64), torch.tensor([0, 3, 3, 4, 8], dtype=torch.int32)
+    asked = {"state_checkpoints": stored, "checkpoint_cu_starts": starts, "checkpoint_every_n_tokens": 64}
+    return with_state(prefill_inputs([200, 0, 64, 300]), dtype=torch.bfloat16) | asked
+
+
+def _decode(operator: str, dtype: torch.dtype, state_dtype: torch.dtype) -> Inputs:
+    inputs = recurrent_inputs(5, dtype=dtype, state_dtype=state_dtype, head_k=96, head_v=128)
+    turned = {"state": inputs["state"].mT.contiguous()} if operator == "gated_delta_rule_decode" else {}
+    return inputs | turned
+
+
+def _mtp(tokens: int, state_dtype: torch.dtype) -> Inputs:
+    inputs, slots = recurrent_inputs(3, tokens, state_dtype=state_dtype), torch.tensor([4, 1, 6])
+    states = inputs.pop("state")
+    pool, snapshots = states.new_full((7, *states.shape[1:]), torch.nan), states.new_empty(3, tokens, *states.shape[1:])
+    pool[slots] = states
+    asked = {"intermediate_states_buffer": snapshots, "disable_state_update": False}
+    return {**inputs, "initial_state": pool, "initial_state_indices": slots, **asked}
 
 
 def _normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _conv(dtype: torch.dtype, width: int, device: str) -> list[Verdict]:
-    x, weight, bias = _normal(90, 48, seed=0, dtype=dtype), _normal(48, width, seed=1), _normal(48, seed=2)
-    states = _normal(3, 48, width - 1, seed=3, dtype=dtype)
-    starts = torch.tensor([0, 1, 1, 90], dtype=torch.int32)
-    history = states.transpose(1, 2)
-    evaluations = _both(oracle.conv, x, weight, bias, history, starts, "silu")
-    given = to_device({"x": x, "weight": weight, "bias": bias, "conv_states": states, "cu_seqlens": starts}, device)
-    kept = [torch.cat((h, x[a:b]))[1 - width :].T for h, a, b in zip(history, starts, starts[1:], strict=False)]
-    exact_states = torch.stack(kept).double()
-    y = gd.causal_conv1d(**given, state_indices=None, has_initial_state=None)
-    return [judge("output", y, *evaluations), judge("state", given["conv_states"], exact_states, exact_states)]
+def _conv(dtype: torch.dtype, width: int) -> Inputs:
+    return {
+        "x": _normal(90, 48, seed=0, dtype=dtype), "weight": _normal(48, width, seed=1), "bias": _normal(48, seed=2),
+        "conv_states": _normal(3, 48, width - 1, seed=3, dtype=dtype), "state_indices": None,
+        "cu_seqlens": torch.tensor([0, 1, 1, 90], dtype=torch.int32), "has_initial_state": None,
+    }  # fmt: skip
 
 
-def _conv_update(dtype: torch.dtype, device: str) -> list[Verdict]:
+def _conv_update(dtype: torch.dtype) -> Inputs:
     x, weight, states = (_normal(*s, seed=i, dtype=dtype) for i, s in enumerate(((4, 3, 32), (32, 4), (4, 32, 5))))
-    accepted = torch.tensor([1, 3, 2, 1])
-    history = torch.stack([row[:, n - 1 : n + 2].T for row, n in zip(states, accepted.tolist(), strict=True)])
-    evaluations = _both(oracle.conv, x.flatten(0, 1), weight, None, history, torch.arange(5) * 3, "silu")
-    window = torch.cat((history[:, 1:], x), dim=1).transpose(1, 2).double()  # 5 columns, all that the states have
-    given = to_device({"x": x, "conv_states": states, "weight": weight, "num_accepted_tokens": accepted}, device)
-    y = gd.causal_conv1d_update(**given, state_indices=None)
-    return [judge("output", y.flatten(0, 1), *evaluations), judge("state", given["conv_states"], window, window)]
+    accepted = torch.tensor([1, 3, 2, 1])  # a step leaves 5 columns, all that the states have
+    return {"x": x, "conv_states": states, "weight": weight, "state_indices": None, "num_accepted_tokens": accepted}
 
 
-def _norm(dtype: torch.dtype, activation: str, device: str) -> list[Verdict]:
-    x, z, weight = _normal(50, 4, 64, seed=0, dtype=dtype), _normal(50, 4, 64, seed=1, dtype=dtype), _normal(64, seed=2)
-    gate, dtypes = getattr(functional, activation), (torch.float32, torch.float64)
-    gated = [functional.rms_norm(x.to(t), (64,), weight.to(t), 1e-6) * gate(z.to(t)) for t in dtypes]
-    y = gd.rms_norm_gated(x.to(device), z.to(device), weight.to(device), 1e-6, activation)
-    return [judge("output", y, *gated)]
+def _norm(dtype: torch.dtype, activation: str) -> Inputs:
+    x, z = (_normal(50, 4, 64, seed=seed, dtype=dtype) for seed in (0, 1))
+    return {"x": x, "z": z, "weight": _normal(64, seed=2), "eps": 1e-6, "activation": activation}
 
 
 _LAYER_STEPS: dict[str, list[tuple[int, int, Row | SpecRow]]] = {
@@ -164,28 +124,31 @@ def _layer(projection: str, steps: str, device: str) -> list[Verdict]:
     return [judge("output", output[:done], plain[:done], exact[:done])]
 
 
-def _cases() -> Iterator[Case]:
+def _inputs() -> Iterator[tuple[str, str, Callable[[], Inputs]]]:
+    """Operator, name of the case, arguments."""
+    prefill, mtp, norm = "chunk_gated_delta_rule", "gated_delta_rule_mtp", "rms_norm_gated"
     for name, make in BLIND_SPOTS.items():
-        yield Case("chunk_gated_delta_rule", name, partial(_prefill, make))
-    yield Case("chunk_gated_delta_rule", "checkpoints", _checkpoints)
-    decode = ("gated_delta_rule_decode", "gated_delta_rule_decode_pretranspose")
+        yield prefill, name, make
+    yield prefill, "checkpoints", _checkpoints
     for dtype in FLOATS:
         for hq, hk, hv in ((2, 2, 2), (2, 2, 6), (4, 2, 2)):
             make = partial(prefill_inputs, [100, 1, 64, 35], dtype=dtype, hq=hq, hk=hk, hv=hv)
-            name = f"{_name(dtype)}, heads {hq}/{hk}/{hv}"
-            yield Case("chunk_gated_delta_rule", name, partial(_prefill, lambda m=make: with_state(m())))
-        for operator, state in product(decode, FLOATS):
-            name = f"{_name(dtype)}, state {_name(state)}"
-            yield Case(operator, name, partial(_decode, operator, dtype, state))
+            yield prefill, f"{_name(dtype)}, heads {hq}/{hk}/{hv}", lambda make=make: with_state(make())
+        for operator, state in product(("gated_delta_rule_decode", "gated_delta_rule_decode_pretranspose"), FLOATS):
+            yield operator, f"{_name(dtype)}, state {_name(state)}", partial(_decode, operator, dtype, state)
         for activation in ("silu", "sigmoid"):
-            yield Case("rms_norm_gated", f"{_name(dtype)}, {activation}", partial(_norm, dtype, activation))
+            yield norm, f"{_name(dtype)}, {activation}", partial(_norm, dtype, activation)
         for width in (2, 3, 4, 5):
-            yield Case("causal_conv1d", f"{_name(dtype)}, W={width}", partial(_conv, dtype, width))
-        yield Case("causal_conv1d_update", _name(dtype), partial(_conv_update, dtype))
+            yield "causal_conv1d", f"{_name(dtype)}, W={width}", partial(_conv, dtype, width)
+        yield "causal_conv1d_update", _name(dtype), partial(_conv_update, dtype)
     for tokens, state in product((1, 2, 5, 16), FLOATS):
-        yield Case("gated_delta_rule_mtp", f"T={tokens}, state {_name(state)}", partial(_mtp, tokens, state))
-    for projection, steps in product(("interleaved", "flat"), _LAYER_STEPS):
-        yield Case("GatedDeltaNetAttention", f"{projection}, {steps}", partial(_layer, projection, steps))
+        yield mtp, f"T={tokens}, state {_name(state)}", partial(_mtp, tokens, state)
 
 
-CASES = [*_cases()]
+CASES = [
+    *(Case(operator, name, partial(_operator, operator, make)) for operator, name, make in _inputs()),
+    *(
+        Case("GatedDeltaNetAttention", f"{projection}, {steps}", partial(_layer, projection, steps))
+        for projection, steps in product(("interleaved", "flat"), _LAYER_STEPS)
+    ),
+]

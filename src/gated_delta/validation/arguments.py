@@ -34,10 +34,12 @@ class Arguments:
         self._device: tuple[str, torch.device] | None = None
 
     def tensor(
-        self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], *, any_stride: bool = False,
-        written: bool = False, whole: bool = False,
+        self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], *, optional: bool = False,
+        any_stride: bool = False, written: bool = False, whole: bool = False,
     ) -> None:  # fmt: skip
-        """Check one required tensor: its type, rank and sizes, dtype, device, gradient and strides."""
+        """Check one tensor: its type, rank and sizes, dtype, device, gradient and strides; None passes if optional."""
+        if optional and value is None:
+            return
         for word, names in self.meant.items():
             spec = spec.replace(word, names)
         if not isinstance(value, Tensor):
@@ -72,12 +74,9 @@ class Arguments:
             self.bound_by[symbol] = name
         return self.sizes[symbol] == size
 
-    def optional(self, name: str, value: Any, spec: str, dtypes: Collection[torch.dtype], **options: bool) -> None:
-        """Check a tensor that may be left out; ``options`` are those of :meth:`tensor`."""
-        if value is not None:
-            self.tensor(name, value, spec, dtypes, **options)
-
-    def number(self, name: str, value: Any, *, least: float = -LARGEST) -> None:
+    def number(self, name: str, value: Any, *, least: float = -LARGEST, optional: bool = False) -> None:
+        if optional and value is None:
+            return
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise DtypeError(self.where, name, f"a {type(value).__name__}", "a number")
         if not -LARGEST <= value <= LARGEST:
@@ -88,10 +87,6 @@ class Arguments:
     def flag(self, name: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise DtypeError(self.where, name, f"a {type(value).__name__}", "True or False")
-
-    def scale(self, value: Any) -> None:
-        if value is not None:
-            self.number("scale", value)
 
     def whole(self, name: str, value: Any, *, least: int) -> None:
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
@@ -116,26 +111,18 @@ class Arguments:
 
     def _shape(self, name: str, value: Tensor, spec: str) -> None:
         dims = spec.split()
-        if value.dim() != len(dims):
-            self._mismatch(name, value, spec)
-        for dim, size in zip(dims, value.shape, strict=True):
-            if dim in self.sizes:
-                fits = self.sizes[dim] == size
-            elif dim == "*":
-                continue
-            elif dim.isdigit():
-                fits = size == int(dim)
-            elif dim.startswith(">="):
-                fits = size >= self.sizes[dim[2:]]
-            elif dim.endswith("+1"):
-                fits = size >= 1 and self.bind(dim[:-2], size - 1, name)
-            else:
-                fits = self.bind(dim, size, name)
-            if not fits:
-                self._mismatch(name, value, spec)
-
-    def _mismatch(self, name: str, value: Tensor, spec: str) -> None:
-        names = (d.removeprefix(">=").removesuffix("+1") for d in spec.split())
+        if value.dim() == len(dims) and all(map(self._fits, dims, value.shape, [name] * len(dims))):
+            return
+        names = (d.removeprefix(">=").removesuffix("+1") for d in dims)
         known = [f"{n}={self.sizes[n]} (from {self.bound_by[n]})" for n in names if self.bound_by.get(n, name) != name]
-        must = f"[{', '.join(spec.split())}]" + (f" with {', '.join(known)}" if known else "")
+        must = f"[{', '.join(dims)}]" + (f" with {', '.join(known)}" if known else "")
         raise ShapeError(self.where, name, f"of shape {list(value.shape)}", must)
+
+    def _fits(self, dim: str, size: int, name: str) -> bool:
+        if dim.isdigit():
+            return size == int(dim)
+        if dim.startswith(">="):
+            return size >= self.sizes[dim[2:]]
+        if dim.endswith("+1"):
+            return size >= 1 and self.bind(dim[:-2], size - 1, name)
+        return dim == "*" or self.bind(dim, size, name)

@@ -1,23 +1,16 @@
 """Checked mode: what only the values on the device can tell. Every check waits for the device."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gated_delta.errors import DataError
-from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill, Recurrent, slot_number
-
-if TYPE_CHECKING:
-    from gated_delta.batch import GatedDeltaNetBatch
-    from gated_delta.state import LayerState
+from gated_delta.library import CausalConv1d, CausalConv1dUpdate, GatedDeltaNetStep, Prefill, Recurrent, is_live
 
 CHECKED: ContextVar[bool] = ContextVar("gated_delta_checked", default=os.environ.get("GATED_DELTA_CHECK", "0") == "1")
 
@@ -73,7 +66,7 @@ def recurrent(where: str, call: Recurrent) -> None:
     if call.read_slots is None:
         return
     slots(where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
-    live = _live(call.read_slots, call.null_slot)
+    live = is_live(call.read_slots, call.null_slot)
     named = {"output_state_indices": call.write_slots, "ssm_state_indices": call.token_slots}
     if call.update_state and call.write_slots is None:
         named["initial_state_indices"] = call.read_slots
@@ -113,11 +106,6 @@ def cu_seqlens(where: str, starts: Tensor, total: int, max_seqlen: int | None = 
         raise DataError(where, f"cu_seqlens[{len(values) - 1}]", values[-1], f"at most the {total} packed tokens")
 
 
-def _live(indices: Tensor, null_slot: int) -> Tensor:
-    """Which name a slot; the others are padding."""
-    return (indices >= 0) & (indices != null_slot)
-
-
 def slots(
     where: str, name: str, indices: Tensor | None, pool: Tensor | None, null_slot: int, *, written: bool = False
 ) -> None:
@@ -127,7 +115,7 @@ def slots(
     beyond = indices[(indices >= pool.shape[0]) & (indices != null_slot)]
     if beyond.numel():
         raise DataError(where, name, f"{int(beyond[0])} somewhere", f"below {pool.shape[0]}, the slots of the pool")
-    values, counts = indices[_live(indices, null_slot)].unique(return_counts=True)
+    values, counts = indices[is_live(indices, null_slot)].unique(return_counts=True)
     if written and (counts > 1).any():
         slot = int(values[counts > 1][0])
         raise DataError(where, name, f"{slot} more than once", "different for every row that writes")
@@ -151,20 +139,6 @@ def step(call: GatedDeltaNetStep) -> None:
         accepted(where, call, min(call.conv_states.shape[-1], width + indices.shape[1] - 2), width, indices[:, 0])
 
 
-def batch_slots(batch: GatedDeltaNetBatch, state: LayerState) -> None:
-    """The slots of all rows of a step of a layer, before the first is written, and that decodes have a history: a
-    one-token row that starts a sequence is a prefill, for the one-token operator reads whatever the slot holds.
-    """
-    where = "GatedDeltaNetAttention"
-    named = {"non_spec_state_indices": batch.non_spec_state_indices, "spec_state_indices": batch.spec_state_indices}
-    for name, indices in named.items():
-        slots(where, name, indices, state.recurrent, slot_number(state.null_slot), written=True)
-    has, decodes = batch.has_initial_state, batch.num_decodes
-    if has is not None and not bool(has[:decodes].all()):
-        must = "True for every decode (a fresh row is a prefill, of one token too)"
-        raise DataError(where, "has_initial_state", "False for a decode", must)
-
-
 def accepted(
     where: str, call: CausalConv1dUpdate | GatedDeltaNetStep, columns: int, width: int, state_indices: Tensor | None
 ) -> None:
@@ -174,7 +148,7 @@ def accepted(
         return
     most = columns - width + 2
     if state_indices is not None:
-        live = _live(state_indices, call.null_slot)
+        live = is_live(state_indices, call.null_slot)
         counts, lengths = counts[live], None if lengths is None else lengths[live]
     if counts.numel():
         low, high = int(counts.min()), int(counts.max())

@@ -26,17 +26,16 @@ def prefill(
     args = Arguments("chunk_gated_delta_rule", ROWS="P" if pooled else "N")
     _qkv(args, call)
     hq, hk, hv = (args.sizes[n] for n in ("HQ", "HK", "HV"))
-    gva = hq == hk and hk > 0 and hv > 0 and hv % hk == 0
-    gqa = hk == hv and hk > 0 and hq > 0 and hq % hk == 0
-    if not (gva or gqa):
+    few, many = min(hq, hv), max(hq, hv)
+    if few == 0 or hk != few or many % few:
         must = "such that HQ = HK divides HV (grouped values) or HK = HV divides HQ (grouped queries)"
         raise ShapeError(args.where, "(HQ, HK, HV)", (hq, hk, hv), must)
-    args.bind("HS", max(hq, hv), "max(HQ, HV)")
+    args.bind("HS", many, "max(HQ, HV)")
     _checkpoints(args, call)
     _tensors(args, call, library.TENSORS[type(call)][3:])
     args.flag("output_final_state", output_final_state)
     args.flag("use_qk_l2norm_in_kernel", call.use_qk_l2norm)
-    args.scale(call.scale)
+    args.number("scale", call.scale, optional=True)
     args.word("g_space", g_space, ("linear", "log"), _G_SPACE)
     args.word("deterministic", deterministic, (None, "batch_invariant"))
     if max_seqlen is not None:
@@ -74,9 +73,12 @@ def recurrent(where: str, call: Recurrent, *, state_name: str = "state", single:
     if h == 0 or hv == 0 or hv % h:
         raise ShapeError(where, "v", f"of {hv} heads", f"of a multiple of the {h} heads of q and k")
     _tensors(args, call, library.TENSORS[type(call)][3:], state=state_name)
-    args.scale(call.scale)
+    args.number("scale", call.scale, optional=True)
     args.flag("use_qk_l2norm", call.use_qk_l2norm)
     args.flag("allow_neg_eigval", call.allow_neg_eigval)
+    ready, because = call.A_log is None, "gates are ready without A_log"
+    (args.excluded if ready else args.needed)("dt_bias", call.dt_bias is not None, because if ready else "A_log is")
+    args.excluded("allow_neg_eigval=True", ready and call.allow_neg_eigval, because)
     _null_slot(args, call.null_slot, pooled, "initial_state_indices")
     if call.write_slots is not None:
         args.needed("initial_state_indices", pooled, "output_state_indices name slots of a pool")
@@ -108,12 +110,6 @@ def pool_choice(state: Tensor | None, initial_state: Tensor | None, read_slots: 
     return initial_state
 
 
-def flag(where: str, name: str, value: object) -> None:
-    """An argument that is True or False."""
-    if not isinstance(value, bool):
-        Arguments(where).flag(name, value)
-
-
 def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arguments:
     """``causal_conv1d`` and ``causal_conv1d_update``."""
     update = isinstance(call, CausalConv1dUpdate)
@@ -124,11 +120,8 @@ def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arg
     Arguments(where).whole("head_k", head_k, least=0)
     inputs, tokens = "L H C" if head_k else "L D", "L" if ragged else rows
     args = Arguments(where, INPUTS=inputs, TOKENS=tokens, ROWS="P" if pooled else "N")
-    named: dict[str, Tensor | None] = {"state_indices": call.state_indices}
     if update:
         args.needed("conv_states", call.conv_states is not None, "an update reads and writes it")
-    else:
-        named["has_initial_state"] = call.has_initial_state
     # x and cu_seqlens say how many rows there are.
     tensors = sorted(library.TENSORS[type(call)], key=lambda tensor: tensor[0] not in ("x", "cu_seqlens"))
     _tensors(args, call, tensors[:1])
@@ -144,8 +137,8 @@ def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arg
         raise ShapeError(where, "conv_states", f"of {columns} columns", must)
     args.word("activation", activation, ("silu", "swish", None))
     _null_slot(args, call.null_slot, pooled, "state_indices")
-    for name, value in named.items():
-        if value is not None:
+    for name in ("state_indices", "has_initial_state"):
+        if getattr(call, name, None) is not None:
             args.needed("conv_states", call.conv_states is not None, f"{name} speaks of its rows")
     most = columns - width + 2
     if update and call.num_accepted_tokens is not None and not ragged and args.sizes.get("T", 1) > most:
@@ -194,7 +187,7 @@ def step(call: GatedDeltaNetStep) -> Arguments:
         raise ShapeError(args.where, "state_indices", f"of {columns} columns", must)
     args.number("eps", call.eps, least=0)
     args.word("activation", call.activation, ("silu", "swish", "sigmoid"))
-    args.scale(call.scale)
+    args.number("scale", call.scale, optional=True)
     args.flag("allow_neg_eigval", call.allow_neg_eigval)
     _null_slot(args, call.null_slot, True, "state_indices")
     return args
@@ -203,10 +196,10 @@ def step(call: GatedDeltaNetStep) -> Arguments:
 def _tensors(args: Arguments, call: Any, tensors: Iterable[tuple[str, bool, library.Asked]], **names: str) -> None:
     """What is asked of these tensors of a call; ``names`` are those of arguments in this call."""
     for field, optional, (shape, dtypes, name, any_stride, written, whole) in tensors:
-        value = getattr(call, field)
-        if value is not None or not optional:
-            argument = names.get(field, name or field)
-            args.tensor(argument, value, shape, dtypes, any_stride=any_stride, written=written, whole=whole)
+        args.tensor(
+            names.get(field, name or field), getattr(call, field), shape, dtypes, optional=optional,
+            any_stride=any_stride, written=written, whole=whole,
+        )  # fmt: skip
 
 
 def _qkv(args: Arguments, call: Prefill | Recurrent | GatedDeltaNetStep) -> None:

@@ -11,11 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import Inputs
 from gated_delta.errors import OptionError
+from gated_delta.testing.oracle import Results
 
 OURS, SEPARATE = "gated-delta", "separate"
 
@@ -47,17 +46,17 @@ class Bound(NamedTuple):
     """A contender with one set of inputs in its own conventions."""
 
     call: Callable[[], object]
-    results: Callable[[], dict[str, Tensor]]
-    """What the last call wrote: "output" ``[..., HV, V]`` and, where the case asks for them, "state" and "kept"
-    ``[..., V, K]``."""
+    results: Callable[[], Results]
+    """What the last call wrote, where the case asks for it."""
 
 
-def returning(call: Callable[[], Any], read: Callable[..., dict[str, Tensor]]) -> Bound:
-    """A call that returns a tuple of results; they are let go when the next call has returned."""
+def returning(call: Callable[[], Any], read: Callable[..., Results]) -> Bound:
+    """A call that returns one result or a tuple of them; they are let go when the next call has returned."""
     last: list[Any] = []
 
     def run() -> None:
-        last[:] = call()
+        returned = call()
+        last[:] = returned if isinstance(returned, tuple) else (returned,)
 
     return Bound(run, lambda: read(*last))
 

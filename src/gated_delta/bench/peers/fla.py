@@ -28,7 +28,7 @@ def bind(case: Case, x: Inputs) -> Bound | None:
     if case.operation == "norm":
         norm = import_module("fla.modules.norm.fused_norm_gate").rms_norm_gated
         call = partial(norm, x["x"], x["z"], x["weight"], None, activation="swish", eps=1e-6)
-        return returning(lambda: (call(),), lambda y: {"output": y})
+        return returning(call, lambda y: {"output": y})
     if case.operation == "conv" and case.form == "prefill":
         return _conv(x)
     return _recurrent(case, x) if case.form in ("V-major", "K-major", "final") and case.state == "fp32" else None
@@ -52,7 +52,7 @@ def on_gpu(x: Inputs) -> bool:
 
 def chunked(operator: Callable[..., Any], x: Inputs) -> Bound:
     """Prefill as FLA's signature has it, which FlashQLA shares."""
-    q, k, v, g, beta = (x[name][None] for name in ("q", "k", "v", "log_alpha", "beta"))
+    q, k, v, g, beta = (x[name][None] for name in ("q", "k", "v", "log_g", "beta"))
     call = partial(
         operator, q, k, v, g, beta, initial_state=x["initial_state"], output_final_state=True, state_v_first=True,
         cu_seqlens=x["cu_seqlens"],
@@ -61,11 +61,11 @@ def chunked(operator: Callable[..., Any], x: Inputs) -> Bound:
 
 
 def _recurrent(case: Case, x: Inputs) -> Bound:
-    turned = case.form == "K-major"
+    turned, state = case.form == "K-major", x["initial_state" if case.operation == "verify" else "state"]
     call = partial(
         import_module(RULE).fused_recurrent_gated_delta_rule, x["q"], x["k"], x["v"], g=x["a"], beta=x["b"],
         A_log=x["A_log"], dt_bias=x["dt_bias"], use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-        use_qk_l2norm_in_kernel=True, initial_state=x["state"], output_final_state=True, state_v_first=not turned,
+        use_qk_l2norm_in_kernel=True, initial_state=state, output_final_state=True, state_v_first=not turned,
     )  # fmt: skip
     return returning(call, lambda o, state: {"output": o, "state": state.transpose(-1, -2) if turned else state})
 
@@ -76,7 +76,7 @@ def _conv(x: Inputs) -> Bound:
         import_module("fla.modules.causal_conv1d.ops").causal_conv1d, x["x"][None], x["weight"], initial_state=states,
         output_final_state=True, activation="silu", cu_seqlens=x["cu_seqlens"],
     )  # fmt: skip
-    return returning(call, lambda y, state: {"output": y[0], "state": state[..., 1:]})
+    return returning(call, lambda y, state: {"output": y[0], "window": state[..., 1:]})
 
 
 def torch_reference(load: Callable[[], Callable[..., Any]], case: Case, x: Inputs) -> Bound | None:
@@ -84,7 +84,7 @@ def torch_reference(load: Callable[[], Callable[..., Any]], case: Case, x: Input
     if case.operation != "prefill" or len(set(case.lengths)) > 1:
         return None
     q, k = (reference.expand_heads(x[name], case.heads.hv) for name in "qk")
-    given = (y.unflatten(0, (len(case.lengths), -1)) for y in (q, k, x["v"], x["log_alpha"], x["beta"]))
+    given = (y.unflatten(0, (len(case.lengths), -1)) for y in (q, k, x["v"], x["log_g"], x["beta"]))
     initial = x["initial_state"].transpose(-1, -2).contiguous()
     call = partial(load(), *given, initial_state=initial, output_final_state=True)
     return returning(call, lambda o, state: {"output": o.flatten(0, 1), "state": state.transpose(-1, -2)})

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gated_delta.kernels.triton.launch import launch, strides
+from gated_delta.kernels.triton.launch import Launches, Start, power_of_2, strides
 from gated_delta.kernels.triton.shared import convolved, slot_of
-from gated_delta.library import CausalConv1d, CausalConv1dUpdate
+from gated_delta.library import CausalConv1d, CausalConv1dUpdate, tensors
 
 _MASK = 32
 """Most tokens of a program of prefill: the bits of its masks."""
@@ -238,39 +238,41 @@ def _constants(weight: Tensor, activate: bool, channels: int) -> dict[str, Any]:
     """Constants of both kernels for blocks of at most so many channels."""
     size, width = weight.shape
     flat = weight.is_contiguous() and width in (2, 4)
-    block = min(channels, triton.next_power_of_2(max(1, size)))
+    block = min(channels, power_of_2(max(1, size)))
     return {"W": width, "BD": block, "FLAT": flat, "ACTIVATE": activate}
 
 
-def causal_conv1d(call: CausalConv1d) -> None:
+def bound_causal_conv1d(call: CausalConv1d) -> Start:
+    launches = Launches(*tensors(call))
     x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activate, null_slot, head_k, output = (
         call
     )
     rows, (tokens, channels) = len(cu_seqlens) - 1, output.shape
-    if rows == 0:  # nothing but padding; the kernel looks for rows
-        output.zero_()
-        return
+    if rows == 0:  # the kernel looks up a row of padding, too
+        state_indices = None
     constants = _constants(weight, activate, _VECTORS // x.element_size())
-    blocks: Any = triton.cdiv(channels, constants["BD"])
+    blocks = -(-channels // constants["BD"])
     span = _MASK
-    while span > 8 and triton.cdiv(tokens, span) * blocks < _PROGRAMS:
+    while span > 8 and -(-tokens // span) * blocks < _PROGRAMS:
         span //= 2
-    launch(
+    launches.add(
         _prefill_kernel,
-        ((rows + triton.cdiv(tokens, span)) * blocks,),
+        ((rows - (-tokens // span)) * blocks,),
         (
             x, *(x.stride()[:2] if head_k else (x.stride(0), 0)), weight, *weight.stride(), bias, conv_states,
             *strides(conv_states, 0, 1, 2), cu_seqlens,
             cu_seqlens.stride(0), state_indices, *strides(state_indices, 0), has_initial_state,
             *strides(has_initial_state, 0), output, null_slot, rows, tokens, channels,
-            triton.next_power_of_2(rows) // 2, span,
+            power_of_2(rows) // 2, span,
         ),
         {"H": x.shape[1] if head_k else 0, "K": head_k, "C": x.shape[-1], **constants, "SIZE": _MASK},
         warps=1,
     )  # fmt: skip
+    return launches.bound()
 
 
-def causal_conv1d_update(call: CausalConv1dUpdate) -> None:
+def bound_causal_conv1d_update(call: CausalConv1dUpdate) -> Start:
+    launches = Launches(*tensors(call))
     x, conv_states, weight, bias, activate, state_indices, accepted, cu_seqlens, null_slot, output = call
     if cu_seqlens is not None:
         rows, programs, tokens = len(cu_seqlens) - 1, len(cu_seqlens), 0
@@ -282,10 +284,9 @@ def causal_conv1d_update(call: CausalConv1dUpdate) -> None:
     # thread keep the lanes of a warp close.
     channels, warps = (2 * _VECTORS // x.element_size(), 2) if conv_states.stride(1) == 1 else (256, 4)
     constants = _constants(weight, activate, channels)
-    blocks: Any = triton.cdiv(x.shape[-1], constants["BD"])
-    launch(
+    launches.add(
         _update_kernel,
-        (programs, blocks),
+        (programs, -(-x.shape[-1] // constants["BD"])),
         (
             x, *x_strides, conv_states, *conv_states.stride(), weight, *weight.stride(), bias, state_indices,
             *strides(state_indices, 0), accepted, *strides(accepted, 0), cu_seqlens,
@@ -294,3 +295,4 @@ def causal_conv1d_update(call: CausalConv1dUpdate) -> None:
         constants,
         warps=warps,
     )  # fmt: skip
+    return launches.bound()

@@ -2,14 +2,12 @@
 
 # pyright: reportGeneralTypeIssues=false
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from gated_delta.kernels.triton.launch import launch
+from gated_delta.kernels.triton.launch import Launches, Start
 from gated_delta.kernels.triton.shared import log_gates
-from gated_delta.library import Gates
+from gated_delta.library import Gates, tensors
 
 _BLOCK = 1024
 
@@ -29,13 +27,12 @@ def _gates_kernel(
     tl.store(beta + i, strength, mask=inside)
 
 
-def gates(call: Gates) -> None:
-    A_log, a, dt_bias, b, allow_neg_eigval, log_alpha, beta = call
+def bound_gates(call: Gates) -> Start:
+    launches, (A_log, a, dt_bias, b, allow_neg_eigval, log_alpha, beta) = Launches(*tensors(call)), call
     size, heads = log_alpha.shape
-    programs: Any = triton.cdiv(size * heads, _BLOCK)
-    if programs:
-        launch(
-            _gates_kernel, (programs,),
-            (A_log, a, dt_bias, b, log_alpha, beta, *a.stride(), *b.stride(), size * heads),
-            {"HV": heads, "R": a.shape[2], "NEG_EIGVAL": allow_neg_eigval, "BLOCK": _BLOCK}, warps=4,
-        )  # fmt: skip
+    launches.add(
+        _gates_kernel, (-(-size * heads // _BLOCK),),
+        (A_log, a, dt_bias, b, log_alpha, beta, *a.stride(), *b.stride(), size * heads),
+        {"HV": heads, "R": a.shape[2], "NEG_EIGVAL": allow_neg_eigval, "BLOCK": _BLOCK}, warps=4,
+    )  # fmt: skip
+    return launches.bound()

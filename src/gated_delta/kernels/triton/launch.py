@@ -1,8 +1,8 @@
 """Launching kernels with little work on the host.
 
 ``kernel[grid](...)`` sorts a call's arguments anew each time, which costs more than a decode step takes. :func:`bind`
-does it once for all calls that Triton would serve with one compiled kernel, and what it returns needs their pointers
-alone. It calls the compiled kernel as ``JITFunction.run`` does (unchanged from Triton 3.6 to 3.9).
+does it once for all calls that Triton would serve with one compiled kernel, and what it returns takes arguments as they
+are. It calls the compiled kernel as ``JITFunction.run`` does (unchanged from Triton 3.6 to 3.9).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from gated_delta.errors import BackendError
 from gated_delta.library import address
 
 Start = Callable[..., None]
-"""Runs a bound kernel on the current stream of its device; takes what is not bound: the
+"""Runs a bound kernel on the current stream of its device. It takes numbers, and the
 :func:`gated_delta.library.address` of a tensor or of what a descriptor describes.
 """
 _COMPILED: dict[tuple[Any, ...], Any] = {}
@@ -31,7 +31,7 @@ _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 def bind(
     kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], *, warps: int, stages: int = 1,
-    registers: int | None = None, bound: int = 0,
+    registers: int | None = None,
 ) -> Start:  # fmt: skip
     """Compile ``kernel`` for such arguments, or take what was compiled (in this process, or in Triton's disk cache).
 
@@ -40,14 +40,11 @@ def bind(
             for memory that begins at a multiple of 16 bytes.
         constants: its ``tl.constexpr`` parameters, which come after ``args``.
         registers: most that a thread may take, so that more programs run side by side.
-        bound: how many of ``args``, from the end, keep their values.
     """
-    free = len(args) - bound
     if isinstance(kernel, InterpretedFunction):
-        numbers = args[free:]
-        return lambda *given: kernel[grid](*given, *numbers, **constants)
+        return lambda *given: kernel[grid](*given, **constants)
     rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-    device = max(x.get_device() for x in args if isinstance(x, Tensor))
+    device = next(i for x in args if isinstance(x, Tensor) and (i := x.get_device()) >= 0)
     traits = [_number(x) if isinstance(x, int) else _trait(x) for x in args]
     key = (kernel.fn, device, warps, stages, registers, rest, *traits)
     compiled = _COMPILED.get(key)
@@ -56,8 +53,8 @@ def bind(
             compiled = kernel.warmup(*args, *rest, grid=grid, num_warps=warps, num_stages=stages, maxnreg=registers)
             compiled._init_handles()  # loads it onto this device
         _COMPILED[key] = compiled
-    tiles = {i: at(x, None) for i, x in enumerate(args[:free]) if isinstance(x, TensorDescriptor)}
-    return _start(compiled, (*grid, 1, 1)[:3], tiles, (*args[free:], *rest), device)
+    tiles = [(i, at(x, None)) for i, x in enumerate(args) if isinstance(x, TensorDescriptor)]
+    return _start(compiled, (*grid, 1, 1)[:3], tiles, rest, device)
 
 
 @contextmanager
@@ -87,93 +84,89 @@ def _version(tool: Any) -> tuple[int, ...]:
 
 
 def _start(
-    compiled: Any, grid: tuple[int, ...], tiles: dict[int, TensorDescriptor], rest: tuple[Any, ...], device: int
+    compiled: Any, grid: tuple[int, ...], tiles: list[tuple[int, TensorDescriptor]], rest: tuple[Any, ...], device: int
 ) -> Start:
     run, function, packed, runtime = compiled.run, compiled.function, compiled.packed_metadata, knobs.runtime
     current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
 
-    def start(*args: Any) -> None:
+    def start(*given: Any) -> None:
         if current_device() != device:
             with torch.cuda.device(device):
-                start(*args)
+                start(*given)
             return
-        if tiles:
-            args = tuple([at(tiles[i], _Base(x)) if i in tiles else x for i, x in enumerate(args)])
+        args = [*given, *rest]
+        for i, tile in tiles:
+            args[i] = at(tile, _Base(given[i]))
         stream, enter, leave = current_stream(device), runtime.launch_enter_hook, runtime.launch_exit_hook
-        if not enter.calls and not leave.calls:  # nobody profiles
-            run(*grid, stream, function, packed, None, None, None, *args, *rest)
-            return
-        metadata = compiled.launch_metadata(grid, stream, *args, *rest)
-        run(*grid, stream, function, packed, metadata, enter, leave, *args, *rest)
+        hooks = None, None, None
+        if enter.calls or leave.calls:  # somebody profiles
+            hooks = compiled.launch_metadata(grid, stream, *args), enter, leave
+        run(*grid, stream, function, packed, *hooks, *args)
 
     return start
 
 
-class _Base(NamedTuple):
+class _Base(int):
     """What Triton reads the address of a descriptor from."""
 
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
+    data_ptr = int.__int__
 
 
 def at(look: TensorDescriptor, base: Any) -> TensorDescriptor:
     """A descriptor of other memory that looks alike. (To make one anew is to have it judged anew.)"""
     other = object.__new__(TensorDescriptor)
-    other.__dict__.update(look.__dict__, base=base)
+    other.__dict__ = {**look.__dict__, "base": base}
     return other
 
 
-def launch(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], **options: int) -> None:
-    """Run ``kernel`` on the current stream of the device of its tensors; as :func:`bind` has it."""
-    bind(kernel, grid, args, constants, **options)(*map(address, args))
-
-
 class Launches:
-    """The kernels that a call starts, one after the other, bound to what its tensors look like: :meth:`bound` takes the
-    addresses of those ``given``, in their order. Other tensors that a kernel takes have to stay where they are.
+    """The kernels that a call starts, one after the other, bound to what its tensors look like: what :meth:`bound`
+    gives takes the addresses of those ``given``, in their order. Other tensors have to stay where they are.
     """
 
     def __init__(self, *given: Tensor | None) -> None:
         self._given = given
         self._parts: list[Tensor] = []
         self._starts: list[tuple[Start, list[Any]]] = []
+        self._zeros = False
 
-    def scratch(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Memory for the time of a call; gives what stands for it."""
+    def scratch(self, *shape: int, dtype: torch.dtype, zeros: bool = False) -> Tensor:
+        """Memory for the time of a call, all of it ``zeros`` if some is; gives what stands for it."""
+        self._zeros |= zeros
         self._parts.append(torch.empty(shape, dtype=dtype, device="meta"))
         return self._parts[-1]
 
     def add(
         self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], **options: Any
     ) -> None:
-        """One kernel more, unless its grid is empty; as :func:`bind` has it, with all numbers bound."""
-        memory = [x.base if isinstance(x, TensorDescriptor) else x for x in args if not isinstance(x, (int, float))]
+        """One kernel more, unless its grid is empty; as :func:`bind` has it."""
         if 0 not in grid:
-            start = bind(kernel, grid, args, constants, bound=len(args) - len(memory), **options)
-            self._starts.append((start, memory))
+            places = [x.base if isinstance(x, TensorDescriptor) else x for x in args]
+            self._starts.append((bind(kernel, grid, args, constants, **options), places))
 
     def bound(self) -> Start:
         """All of them as one, which keeps no tensor of the call."""
-        known = {id(x) for x in (*self._given, *self._parts)}
-        fixed = [x for _, memory in self._starts for x in memory if id(x) not in known]
-        place = {id(x): i for i, x in enumerate((*self._given, *fixed, *self._parts))}
-        starts = [(start, itemgetter(*(place[id(x)] for x in memory))) for start, memory in self._starts]
-        parts, stay = self._parts, tuple(map(address, fixed))
+        place = {id(x): i for i, x in enumerate((*self._given, *self._parts))}
+        parts, begin, starts = self._parts, len(self._given) + len(self._parts), []
+        for start, args in self._starts:  # what is not known by then stands behind what is
+            chosen = itemgetter(*[place.get(id(x), i) for i, x in enumerate(args, begin)])
+            stay = [x if isinstance(x, (int, float)) else None if id(x) in place else address(x) for x in args]
+            starts.append((start, chosen, stay))
         *offsets, size = accumulate((-(-x.nbytes // 256) * 256 for x in parts), initial=0)
         like = next(x for x in self._given if x is not None).new_empty(0, dtype=torch.uint8)
+        make = like.new_zeros if self._zeros else like.new_empty
 
         def run(*given: Any) -> None:
-            room = like.new_empty(size) if size else like
-            begin = room.data_ptr()
-            if room.is_cuda:
-                memory = (*given, *stay, *[begin + offset for offset in offsets])
-            else:
-                own = (room[i : i + x.nbytes].view(x.dtype).view(x.shape) for i, x in zip(offsets, parts, strict=True))
-                memory = (*given, *stay, *own)
-            for start, chosen in starts:
-                start(*chosen(memory))
+            if parts:
+                room = make(size)
+                if room.is_cuda:
+                    begin = room.data_ptr()
+                    given += tuple([begin + offset for offset in offsets])
+                else:
+                    views = zip(offsets, parts, strict=True)
+                    given += tuple([room[i : i + x.nbytes].view(x.dtype).view(x.shape) for i, x in views])
+            for start, chosen, stay in starts:
+                start(*chosen((*given, *stay)))
 
         return run
 
@@ -193,6 +186,11 @@ def _trait(x: Any) -> object:
 def _number(x: int) -> object:
     """The same of a whole number: whether it is 1, whether 16 divides it, its size."""
     return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
+
+
+def power_of_2(x: int) -> int:
+    """The next one. (Triton's own takes two microseconds.)"""
+    return 1 << (x - 1).bit_length()
 
 
 def strides(x: Tensor | None, *dims: int) -> tuple[int, ...]:

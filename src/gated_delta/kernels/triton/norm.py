@@ -1,14 +1,12 @@
 """The gated norm: several rows a program, each held in registers between its sum of squares and its output."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gated_delta.kernels.triton.launch import launch
+from gated_delta.kernels.triton.launch import Launches, Start, power_of_2
 from gated_delta.kernels.triton.shared import sigmoid
-from gated_delta.library import RmsNormGated
+from gated_delta.library import RmsNormGated, run, tensors
 
 _ELEMENTS = 2048
 """Elements of a program of four warps: a thread reads two times 16 bytes of x and of z in bf16."""
@@ -47,22 +45,24 @@ def _rows(x: Tensor, z: Tensor) -> list[tuple[int, int, int]]:
 
 
 def rms_norm_gated(call: RmsNormGated) -> None:
-    x, z, weight, eps, activation, output = call
-    if output.numel() == 0:
-        return
+    """Of copies, where no two strides reach all rows."""
+    run("rms_norm_gated", call._replace(x=call.x.contiguous(), z=call.z.contiguous()), "triton")
+
+
+def bound_rms_norm_gated(call: RmsNormGated) -> Start | None:
+    launches, (x, z, weight, eps, activation, output) = Launches(*tensors(call)), call
     dims = _rows(x, z)
-    if len(dims) > 2:  # no two strides reach all rows
-        x, z = x.contiguous(), z.contiguous()
-        dims = _rows(x, z)
+    if len(dims) > 2:
+        return None
     (outer, x_outer, z_outer), (inner, x_inner, z_inner) = [*dims, (1, 0, 0), (1, 0, 0)][:2]
     rows, size = outer * inner, x.shape[-1]
-    block = triton.next_power_of_2(size)
+    block = power_of_2(max(1, size))
     together = max(1, _ELEMENTS // block)
-    programs: Any = triton.cdiv(rows, together)
-    launch(
+    launches.add(
         _norm_kernel,
-        (programs,),
+        (-(-rows // together) if size else 0,),
         (x, x_outer, x_inner, z, z_outer, z_inner, weight, output, eps, rows, inner, size),
         {"BV": block, "BR": together, "SILU": activation != "sigmoid"},
         warps=4,
     )
+    return launches.bound()

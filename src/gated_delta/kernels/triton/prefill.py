@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from gated_delta.errors import BackendError
-from gated_delta.kernels.triton.launch import Launches, Start, strides
+from gated_delta.kernels.triton.launch import Launches, Start, power_of_2, strides
 from gated_delta.kernels.triton.prefill_chain import chain
 from gated_delta.kernels.triton.prefill_prepare import CHUNK, VECTORS, prepare
 from gated_delta.kernels.triton.prefill_tokens import by_tokens
@@ -37,7 +37,7 @@ def chain_tiles(head_k: int, head_v: int, states: int, single: bool, shared: int
     as a single wave of programs allows, for a narrow chunk is done sooner; wide where states fill all processors. There
     a ``single`` chunk a sequence needs nothing on its way while it is worked on, but more programs on a processor.
     """
-    keys = triton.next_power_of_2(head_k)
+    keys = power_of_2(head_k)
     fits = [columns for columns in (16, 32, 64) if states * -(-head_v // columns) <= processors]
     columns = 32 if head_v <= 32 or keys > 128 else min(fits, default=64)
     most = 1 if single and not fits else 3
@@ -92,7 +92,7 @@ def bound_prefill(call: Prefill) -> Start:
         *strides(call.checkpoints, 0, 1, 2), *behind,
     )  # fmt: skip
     constants = {
-        **ratios, "RV": heads // v.shape[1], "K": head_k, "V": head_v, "BK": triton.next_power_of_2(head_k),
+        **ratios, "RV": heads // v.shape[1], "K": head_k, "V": head_v, "BK": power_of_2(head_k),
         "BV": tiles.columns, "STAGES": tiles.stages, "ZERO_PADDING": call.zero_padding, **gates,
     }  # fmt: skip
     # Where padding is to be zero, one more sequence: the tokens behind the last.
@@ -115,7 +115,7 @@ def _prepared(
         *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0), *strides(beta, 0), *strides(cu_seqlens, 0),
         *strides(slots_of, 0),
     )  # fmt: skip
-    columns = min(PREPARE.columns, triton.next_power_of_2(head_k))
+    columns = min(PREPARE.columns, power_of_2(head_k))
     constants = {**ratios, "K": head_k, "BC": columns, **gates}
     if count > 0:
         launches.add(prepare, (slots, heads), args, constants, warps=PREPARE.warps, stages=PREPARE.stages)

@@ -8,13 +8,12 @@ row of the state, and ``columns`` depends on the dtype alone.
 
 from typing import Any, NamedTuple
 
-import triton
 from torch import Tensor
 
-from gated_delta.kernels.triton.launch import Start, bind, launch, strides
+from gated_delta.kernels.triton.launch import Launches, Start, power_of_2, strides
 from gated_delta.kernels.triton.tokens import tokens
 from gated_delta.kernels.triton.verify import verify
-from gated_delta.library import Recurrent
+from gated_delta.library import Recurrent, tensors
 
 MOST_AT_ONCE = 16
 """Tokens that :func:`verify` takes; calls of more go token by token."""
@@ -66,7 +65,7 @@ def _choice(
     if not v_first or steps == 1 or steps > MOST_AT_ONCE or (kept and width == 4):
         # Late loads, between the products of others, suit rows of 512 bytes, and cost every other state 10 to 20 %.
         early = width == 2 or not v_first
-        keys = triton.next_power_of_2(head_k)
+        keys = power_of_2(head_k)
         constants = {"SINGLE": steps == 1, "BK": keys, "V_FIRST": v_first, "EARLY": early}
         return tokens, _token_tile(heads, width, v_first, kept), constants
     tile = _verify_tile(heads, width, update, kept)
@@ -87,20 +86,8 @@ def _is_wide(states: Tensor | None) -> bool:
     return states is not None and states.shape[-2] * states.stride(-2) >= 2**31
 
 
-def recurrent(call: Recurrent) -> None:
-    """The operator."""
-    work, warps, _ = _work(call)
-    launch(*work, warps=warps)
-
-
 def bound_recurrent(call: Recurrent) -> Start:
-    """The launch that :func:`recurrent` does, which takes the pointers of its tensors."""
-    work, warps, numbers = _work(call)
-    return bind(*work, warps=warps, bound=numbers)
-
-
-def _work(call: Recurrent) -> tuple[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], int, int]:
-    """What is launched: kernel, grid, arguments, constants; by how many warps; how many arguments are numbers."""
+    launches = Launches(*tensors(call))
     q, k, v, state, a, b, output, snapshots = (*call[:4], call.a, call.b, call.output, call.snapshots)
     read_slots, write_slots, token_slots = call.read_slots, call.write_slots, call.token_slots
     rows, steps, heads, head_v = v.shape
@@ -109,7 +96,7 @@ def _work(call: Recurrent) -> tuple[tuple[Any, tuple[int, ...], tuple[Any, ...],
         rows * heads, steps, q.shape[-1], state, call.state_v_first, call.update_state, kept
     )
     # With fewer values a row of a small K would be spread over other lanes than in larger tiles.
-    block_v = min(max(tile.values, 512 // (q.shape[-1] * state.element_size())), int(triton.next_power_of_2(head_v)))
+    block_v = min(max(tile.values, 512 // (q.shape[-1] * state.element_size())), power_of_2(head_v))
     most = STREAMED_COLUMNS if state.element_size() == 2 and not call.state_v_first else STREAMED_BYTES
     streamed = rows * heads * head_v * q.shape[-1] * state.element_size() <= most
     constants |= {
@@ -118,12 +105,11 @@ def _work(call: Recurrent) -> tuple[tuple[Any, tuple[int, ...], tuple[Any, ...],
         "WIDE": _is_wide(state) or _is_wide(snapshots), "ZERO_PADDING": call.zero_padding,
         "EVICT": "evict_first" if streamed else "",
     }  # fmt: skip
-    slots = (read_slots, write_slots, token_slots)
-    tensors = (q, k, v, state, call.A_log, a, call.dt_bias, b, output, *slots, snapshots)
-    numbers = (
+    args = (
+        q, k, v, state, call.A_log, a, call.dt_bias, b, output, read_slots, write_slots, token_slots, snapshots,
         call.scale, call.null_slot, *strides(read_slots, 0), *strides(write_slots, 0), *strides(token_slots, 0, 1),
         *strides(q, 0, 1, 2), *strides(k, 0, 1, 2), *strides(v, 0, 1, 2), *strides(a, 0, 1), *strides(b, 0, 1),
         *strides(output, 0, 1, 2), *strides(state, 0, 1, 2), *strides(snapshots, 0, 1, 2, 3), steps,
     )  # fmt: skip
-    grid = (-(-head_v // block_v) * heads * rows,)
-    return (kernel, grid, (*tensors, *numbers), constants), tile.warps, len(numbers)
+    launches.add(kernel, (-(-head_v // block_v) * heads * rows,), args, constants, warps=tile.warps)
+    return launches.bound()

@@ -51,15 +51,17 @@ def convolved(inputs, at: tl.constexpr, offset, taps, W: tl.constexpr, ACTIVATE:
 
 @triton.jit
 def log_gates(a, b, A_log, dt_bias, NEG_EIGVAL: tl.constexpr):
-    """The logarithm of alpha, and beta, from raw gates, in fp32 (docs/contract.md section 1)."""
-    x = a.to(tl.float32) + dt_bias.to(tl.float32)
-    y = tl.exp(-tl.abs(x))
-    one_y = 1.0 + y  # log1p(y): the quotient makes up for what 1 + y rounds away
-    softplus = tl.maximum(x, 0.0) + tl.where(one_y == 1.0, y, tl.log(one_y) * (y / (one_y - 1.0)))
-    beta = sigmoid(b.to(tl.float32))
-    if NEG_EIGVAL:
-        beta = 2.0 * beta
-    return -tl.exp(A_log) * softplus, beta
+    """The logarithm of alpha, and beta, in fp32: of raw gates (docs/contract.md section 1); without A_log a and b."""
+    log_alpha, beta = a.to(tl.float32), b.to(tl.float32)
+    if A_log is not None:
+        x = log_alpha + dt_bias.to(tl.float32)
+        y = tl.exp(-tl.abs(x))
+        one_y = 1.0 + y  # log1p(y): the quotient makes up for what 1 + y rounds away
+        softplus = tl.maximum(x, 0.0) + tl.where(one_y == 1.0, y, tl.log(one_y) * (y / (one_y - 1.0)))
+        log_alpha, beta = -tl.exp(A_log) * softplus, sigmoid(beta)
+        if NEG_EIGVAL:
+            beta = 2.0 * beta
+    return log_alpha, beta
 
 
 @triton.jit

@@ -27,10 +27,10 @@ import torch
 import triton
 import triton.language as tl
 
-from gated_delta.kernels.triton.launch import launch, strides
+from gated_delta.kernels.triton.launch import Launches, Start, power_of_2, strides
 from gated_delta.kernels.triton.recurrent import STREAMED_BYTES
 from gated_delta.kernels.triton.shared import gates, place_in_grid, sigmoid, slot_of
-from gated_delta.library import GatedDeltaNetStep
+from gated_delta.library import GatedDeltaNetStep, tensors
 
 _LINE = 128
 """Bytes of a row that neighbouring lanes share. Fewer lanes a row than a warp has make sums over K cheaper: three
@@ -202,43 +202,43 @@ def step_kernel(
             tl.store(tickets + slot * t_slot + group, 0)
 
 
-def gated_delta_net_step(call: GatedDeltaNetStep) -> None:
+def bound_gated_delta_net_step(call: GatedDeltaNetStep) -> Start:
+    launches = Launches(*tensors(call))
     (
         q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, scale, eps, activation,
         allow_neg_eigval, state_indices, cu_seqlens, num_accepted_tokens, tickets, null_slot, output,
     ) = call  # fmt: skip
     rows, (tokens, groups, ratio, head_v), head_k = len(state_indices), v.shape, q.shape[-1]
-    if rows == 0 or tokens == 0:
-        output.zero_()
-        return
+    most, (by_row, by_column, *_) = 1 if cu_seqlens is None else state_indices.shape[1], (*state_indices.stride(), 0)
+    by_accepted = strides(num_accepted_tokens, 0)
+    if rows == 0:  # the kernel looks up a row of padding, too
+        state_indices, num_accepted_tokens, by_row, by_column, by_accepted = cu_seqlens, cu_seqlens, 0, 0, (0,)
     if ratio == 1:
         tickets = None
     elif tickets is None:
-        tickets = torch.zeros(len(conv_states), groups, dtype=torch.int32, device=q.device)
-    keys, values = int(triton.next_power_of_2(head_k)), int(triton.next_power_of_2(head_v))
+        tickets = launches.scratch(len(conv_states), groups, dtype=torch.int32, zeros=True)
+    keys, values = power_of_2(head_k), power_of_2(head_v)
     segment = min(keys, _LINE // state.element_size())
     warps = 8 if keys * values >= 2**13 else 4
     streamed = rows * groups * ratio * head_v * head_k * state.element_size() <= STREAMED_BYTES
     constants: dict[str, Any] = {
         "HK": groups, "R": ratio, "K": head_k, "V": head_v, "W": conv_weight.shape[1],
-        "WB": triton.next_power_of_2(conv_weight.shape[1]), "BLOCKS": keys // segment,
+        "WB": power_of_2(conv_weight.shape[1]), "BLOCKS": keys // segment,
         "SEGMENT": segment, "BV": values, "NEG_EIGVAL": allow_neg_eigval, "SILU": activation != "sigmoid",
-        "LINE": state.stride(-2), "MOST": 1 if cu_seqlens is None else state_indices.shape[1], "LANES": 32 * warps,
-        "EVICT": "evict_first" if streamed else "",
+        "LINE": state.stride(-2), "MOST": most, "LANES": 32 * warps, "EVICT": "evict_first" if streamed else "",
     }  # fmt: skip
-    launch(
+    launches.add(
         step_kernel,
         ((rows + (cu_seqlens is not None)) * groups * ratio,),
         (
             q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, output, state_indices,
-            tickets, cu_seqlens, num_accepted_tokens, scale, eps, null_slot,
-            state_indices.stride(0), *(strides(state_indices, 1) if state_indices.dim() > 1 else (0,)),
-            *strides(cu_seqlens, 0), *strides(num_accepted_tokens, 0), *strides(q, 0, 1), *strides(k, 0, 1),
-            *strides(v, 0, 1, 2), *strides(z, 0, 1, 2), *b.stride(), *a.stride(), *conv_states.stride(),
-            *conv_weight.stride(), *strides(state, 0, 1), *strides(output, 0, 1),
-            *strides(tickets, 0), rows, tokens,
+            tickets, cu_seqlens, num_accepted_tokens, scale, eps, null_slot, by_row, by_column,
+            *strides(cu_seqlens, 0), *by_accepted, *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1, 2),
+            *strides(z, 0, 1, 2), *b.stride(), *a.stride(), *conv_states.stride(), *conv_weight.stride(),
+            *strides(state, 0, 1), *strides(output, 0, 1), *strides(tickets, 0), rows, tokens,
         ),
         constants,
         warps=warps,
-        registers=128 if constants["MOST"] == 1 and keys * values <= 2**14 else None,
+        registers=128 if most == 1 and keys * values <= 2**14 else None,
     )  # fmt: skip
+    return launches.bound()

@@ -64,7 +64,9 @@ def tokens(
     S = tl.load(state + slot * s_slot + place, mask=inside, other=0.0, eviction_policy=EVICT)
     if EARLY:  # or else ptxas keeps back some of these loads until the registers of others are free
         tl.debug_barrier()
-    A, bias = tl.load(A_log + head), tl.load(dt_bias + head)
+    A, bias = A_log, dt_bias
+    if A_log is not None:
+        A, bias = tl.load(A_log + head), tl.load(dt_bias + head)
     q_t, k_t, v_t, a_t, b_t = inputs(q, k, v, a, b, mk, mv)
     S = S.to(tl.float32)
     for t in range(T):

@@ -84,7 +84,9 @@ def verify(
     values = tl.load(value, mask=mv & (ox < T)[None, :], other=0.0)
     a = tl.load(a + row * a_row + ot * a_token + head, mask=ot < T, other=0.0)
     b = tl.load(b + row * b_row + ot * b_token + head, mask=ot < T, other=0.0)
-    A, bias = tl.load(A_log + head), tl.load(dt_bias + head)
+    A, bias = A_log, dt_bias
+    if A_log is not None:
+        A, bias = tl.load(A_log + head), tl.load(dt_bias + head)
     WRITES: tl.constexpr = UPDATE or token_slots is not None or snapshots is not None
     H = tl.zeros([BV, 2 * BT], tl.float32)
     G = tl.zeros([2 * BT, 2 * BT], tl.float32)

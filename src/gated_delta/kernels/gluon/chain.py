@@ -87,7 +87,8 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG:
     if MAKE:
         g, beta, g_row, beta_row, scale, room, landed, free, ready = made
         gates = gates_of(g, beta, length, g_row, beta_row, LOG)
-        copy_pair(tensors, columns, first, 0, tiles, landed, empty, True)
+        if chunks > 0:  # nothing may be under way when a program ends
+            copy_pair(tensors, columns, first, 0, tiles, landed, empty, True)
     for t in range(chunks):
         stage, buffer = t % STAGES, t % 2
         row, left = first + t * 64, length - t * 64

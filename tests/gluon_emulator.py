@@ -35,7 +35,7 @@ from gluon_block import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from gluon_copies import commit_group, copies_arrive, copies_land, copy_tile, copy_to_shared, store_tile, store_wait
+from gluon_copies import copies_arrive, copy_tile, copy_to_shared, store_tile, store_wait
 from gluon_values import TORCH, KernelError, Value, argument, raw
 
 
@@ -110,8 +110,6 @@ REPLACED: dict[int, Any] = {
         async_copy_global_to_shared=copy_to_shared,
         async_load=copy_to_shared,
         mbarrier_arrive=copies_arrive,
-        commit_group=commit_group,
-        wait_group=copies_land,
     ),
     id(hopper.fence_async_shared): fence_async_shared,
     id(hopper.mma_v2): mma_v2,
@@ -187,5 +185,5 @@ def launch(
         block = Block(place, grid, warps, seed)
         here.partition = block.main
         function(*given)
-        block.main.end()
+        block.end()
         seed += 1

@@ -124,7 +124,7 @@ for _module, _ours, *_names in (  # the same: since Triton 3.8, and before 3.9
 ):
     REPLACED |= {id(getattr(_module, name)): _ours for name in _names if hasattr(_module, name)}
 Edits = Mapping[str, Sequence[tuple[str, str]]]
-"""By function: pieces of its source that are replaced, and what by."""
+"""By function, its module before it where two have the name: pieces of its source that are replaced, and what by."""
 
 
 class Plain:
@@ -135,11 +135,13 @@ class Plain:
 
     def function(self, kernel: Any) -> Callable[..., None]:
         names, function = self.names(kernel.fn.__globals__), kernel.fn
-        if function.__name__ not in self.edits:
+        own = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        edits = (*self.edits.get(function.__name__, ()), *self.edits.get(own, ()))
+        if not edits:
             return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
         source = textwrap.dedent(inspect.getsource(function))
         source = source[source.index("def ") :]
-        for old, new in self.edits[function.__name__]:
+        for old, new in edits:
             if old not in source:
                 raise LookupError(f"{function.__name__} has no {old!r}")
             source = source.replace(old, new)

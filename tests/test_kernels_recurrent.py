@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import gated_delta as gd
-from gated_delta import plans
+from gated_delta import plans, reference
+from gated_delta.errors import OptionError
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, recurrent_inputs, to_device
@@ -154,6 +155,22 @@ def test_a_gate_that_closes_forgets_everything(route: str, tokens: int, a: float
     assert_recurrent(inputs, output, state)
     assert torch.equal(output, empty[0])
     assert torch.equal(state, empty[1])
+
+
+@three_routes
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_ready_gates(route: str, tokens: int, dtype: torch.dtype) -> None:
+    """A closed gate and a doubled beta among them."""
+    inputs = _middle("a", 3e38)(small(tokens=tokens))
+    raw = {name: inputs[name] for name in ("A_log", "a", "dt_bias")}
+    beta = reference.write_strength(inputs["b"], allow_neg_eigval=True).to(dtype)
+    output, state = run(route, {**inputs, "A_log": None, "dt_bias": None, "a": reference.log_decay(**raw), "b": beta})
+    inputs["b"] = torch.logit(beta.double() / 2)
+    assert_recurrent({**inputs, "allow_neg_eigval": True}, output, state)
+    with pytest.raises(
+        OptionError, match="allow_neg_eigval=True is given; it must be left out: without A_log b is beta"
+    ):
+        run(route, {**inputs, "A_log": None, "dt_bias": None, "b": beta}, allow_neg_eigval=True)
 
 
 # --- several tokens ---------------------------------------------------------------------------------------------------

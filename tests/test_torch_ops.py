@@ -124,8 +124,8 @@ SCHEMAS = {
         "backend"
     ),
     "recurrent": (
-        "Tensor q, Tensor k, Tensor v, Tensor(a!) state, bool state_v_first, Tensor A_log, Tensor a, Tensor "
-        "dt_bias, Tensor b, float scale, bool use_qk_l2norm, bool allow_neg_eigval, Tensor? read_slots, int "
+        "Tensor q, Tensor k, Tensor v, Tensor(a!) state, bool state_v_first, Tensor? A_log, Tensor a, Tensor"
+        "? dt_bias, Tensor b, float scale, bool use_qk_l2norm, bool allow_neg_eigval, Tensor? read_slots, int "
         "null_slot, bool update_state, Tensor? write_slots, Tensor? token_slots, Tensor(b!)? snapshots, "
         "Tensor(c!) output, bool zero_padding, str backend"
     ),

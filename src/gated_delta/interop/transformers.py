@@ -1,6 +1,7 @@
 """Transformers' Gated Delta Net layers on our operators: ``patch()``, ``unpatch()``, or ``with patch():``.
 
 A layer's forward looks its operators up in its module when it runs, so models made before and after are served alike.
+Of the Qwen families it is replaced itself, for decode steps: there all between their matrix products is one operator.
 Whatever asks for a gradient goes to Transformers' own functions.
 """
 
@@ -9,19 +10,23 @@ import importlib.metadata
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import gated_delta
+from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.interop import conv, fla, is_tested
+from gated_delta.layer import Projected, projection_sizes
 from gated_delta.validation.arguments import Arguments
 
 TESTED = ("5.16", "5.23")
 FAMILIES = {"qwen3_next": "Qwen3Next", "qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe", "olmo_hybrid": "OlmoHybrid"}
 """Model type: how its class names begin."""
+_STEPPING = {"qwen3_next": "interleaved", "qwen3_5": "flat", "qwen3_5_moe": "flat"}
+"""Families whose decode steps are one operator, and how :class:`GatedDeltaNetConfig` names their projections."""
 
 _ARGUMENTS = Arguments("gated_delta.interop.transformers")
 _stock: list[tuple[Any, str, Callable[..., Any]]] = []
@@ -43,6 +48,11 @@ def patch() -> ExitStack:
         _stock.extend([(owner, name, getattr(owner, name)) for owner, name in found])
         for owner, name, stock in _stock:
             setattr(owner, name, _without_gradient(_FUNCTIONS.get(name, _norm), stock))
+        for family, projection in _STEPPING.items():
+            module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+            layer = getattr(module, f"{FAMILIES[family]}GatedDeltaNet")
+            _stock.append((layer, "forward", layer.forward))
+            layer.forward = _stepping(layer.forward, projection)
         logging.getLogger("gated_delta").info("serving %s of Transformers %s", ", ".join(FAMILIES), version)
         undo.callback(unpatch)
     return undo
@@ -67,6 +77,48 @@ def _without_gradient(ours: Callable[..., Any], stock: Callable[..., Any]) -> Ca
         return (stock if trained else ours)(*args, **kwargs)
 
     return serve
+
+
+def _stepping(stock: Callable[..., Tensor], projection: str) -> Callable[..., Tensor]:
+    """A layer's forward: one token of every row of a cache that was prefilled here as one operator, the rest as stock's
+    does it, which calls the operators one by one.
+    """
+
+    @wraps(stock)
+    def forward(
+        self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **rest: Any
+    ) -> Tensor:
+        state = window = None
+        # Accelerate moves a hooked weight when stock's forward begins.
+        other = torch.is_grad_enabled() or attention_mask is not None or hasattr(self.conv1d, "_hf_hook")
+        if cache_params is not None and hidden_states.shape[1] == 1 and not other and "cu_seq_lens_q" not in rest:
+            kept = cache_params.layers[self.layer_idx]
+            if cache_params.has_previous_state(self.layer_idx, state_idx=0) and not kept.record_past:
+                window, state = kept.conv_states[0], kept.recurrent_states[0]
+        if state is None or window is None or state.stride(-1) == 1:
+            return stock(self, hidden_states, cache_params, attention_mask, **rest)
+        c = _config(self.hidden_size, self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim, projection)
+        x, norm = hidden_states[:, 0], self.norm
+        p = Projected(c, tuple([getattr(self, name)(x) for name in projection_sizes(c)]))
+        output = gated_delta.gated_delta_net_step(
+            # The oldest column of a cache is one that no convolution reads, stock's neither: it stays as it is.
+            *p.heads, window[..., 1:], self.conv1d.weight.squeeze(1), state.mT,
+            self.A_log.float(), self.dt_bias, norm.weight, eps=norm.variance_epsilon, activation=norm.activation,
+            state_indices=torch.arange(len(x), dtype=torch.int32, device=x.device),
+        )  # fmt: skip
+        return self.out_proj(output.view(len(x), 1, -1))
+
+    return forward
+
+
+@cache
+def _config(
+    hidden: int, key_heads: int, value_heads: int, key: int, value: int, projection: str
+) -> GatedDeltaNetConfig:
+    return GatedDeltaNetConfig(
+        hidden_size=hidden, num_k_heads=key_heads, num_v_heads=value_heads, head_k_dim=key, head_v_dim=value,
+        projection=projection,
+    )  # fmt: skip
 
 
 def _chunk(

@@ -72,13 +72,15 @@ def recurrent(where: str, call: Recurrent, *, state_name: str = "state", single:
     h, hv = args.sizes["H"], args.sizes["HV"]
     if h == 0 or hv == 0 or hv % h:
         raise ShapeError(where, "v", f"of {hv} heads", f"of a multiple of the {h} heads of q and k")
-    _tensors(args, call, library.TENSORS[type(call)][3:], state=state_name)
+    ready = call.A_log is None and call.dt_bias is None
+    asked = (
+        x if ready or x[0] not in ("A_log", "dt_bias") else (x[0], False, x[2]) for x in library.TENSORS[type(call)]
+    )
+    _tensors(args, call, [*asked][3:], state=state_name)
     args.number("scale", call.scale, optional=True)
     args.flag("use_qk_l2norm", call.use_qk_l2norm)
     args.flag("allow_neg_eigval", call.allow_neg_eigval)
-    ready, because = call.A_log is None, "gates are ready without A_log"
-    (args.excluded if ready else args.needed)("dt_bias", call.dt_bias is not None, because if ready else "A_log is")
-    args.excluded("allow_neg_eigval=True", ready and call.allow_neg_eigval, because)
+    args.excluded("allow_neg_eigval=True", ready and call.allow_neg_eigval, "without A_log b is beta itself")
     _null_slot(args, call.null_slot, pooled, "initial_state_indices")
     if call.write_slots is not None:
         args.needed("initial_state_indices", pooled, "output_state_indices name slots of a pool")

@@ -38,9 +38,9 @@ SPILLED = {("step_kernel", None): 16, ("chain", 1): 184, ("chain", 3): 32}
 
 HOPPER_SPILLED: dict[str, tuple[int, dict[str, int]]] = {
     "make": (112, {"16": 21, "24": 2, "36": 17}),
-    "make, plain": (96, {"16": 4, "24": 2, "36": 11}),
-    "make, fp16": (96, {"16": 19, "24": 5, "36": 5}),
-    "make, fp16, plain": (112, {"16": 26, "24": 0, "36": 1}),
+    "make, plain": (64, {"16": 6, "24": 1, "36": 0}),
+    "make, fp16": (112, {"16": 23, "24": 5, "36": 5}),
+    "make, fp16, plain": (56, {"16": 11, "24": 0, "36": 1}),
 }
 """Bytes of the stack that Hopper's prefill takes in one launch by Triton 3.6, where 512 threads share the registers of
 a processor; and what a chunk reads from there, by its group's number of wgmmas: 16 has the one that loads (K K and Q

@@ -40,7 +40,7 @@ class Fault(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
     def plans(self) -> Iterator[Plan]:
-        least = {"make": (3,), "prepare": (2,)}.get(self.function, (1, 2) if self.part else (1, 2, 3))
+        least = USED_BY.get(self.function, APART if self.part else (1, 2, 3))
         return (planned(groups, self.part, self.stages) for groups in self.groups or least)
 
 
@@ -56,27 +56,26 @@ def starved(*who_and_what: tuple[str, str]) -> str:
 RACE, BUDGET, OUTPUT = "race|deadlock|arrivals", "over its budget", "output: .* over its"
 """Which of the three is met first hangs on the order in which partitions run."""
 EARLY, UNFENCED, LEFT_BEHIND = "may still run", "no fence: ", "ends with copies"
-FP16, APART, MADE = torch.float16, (1, 2), (3,)
-STAGE, BUFFER = "(t // STAGES) & 1)", "(t // 2) & 1)"
+FP16, APART, MADE, BOTH = torch.float16, (1, 2), (3,), (2, 3)
+USED_BY = {"load.load": APART, "pair": MADE, "make": MADE, "prepare": (2,)}
+STAGE, BUFFER = "(t // STAGES) & 1)", "(t // BUFFERS) & 1)"
 FULL, FULL_X = f"mbarrier.wait(full.index(stage), {STAGE}", f"mbarrier.wait(full_x.index(buffer), {BUFFER}"
-EMPTY = f"mbarrier.wait(empty.index(stage), ({STAGE} ^ 1)"
-EMPTY_X = f"mbarrier.wait(empty_x.index(buffer), ({BUFFER} ^ 1)"
+EMPTY, ROOM = f"mbarrier.wait(empty.index(t % STAGES), ({STAGE} ^ 1)", "await_room(empty, t, STAGES)"
+ROOM_X, OTHER = "await_room(empty, t + STAGES - BUFFERS, STAGES)", "(buffer + 1) % BUFFERS"
 LANDED, FREE = f"mbarrier.wait(landed.index(stage), {STAGE}", "mbarrier.wait(free.index(0), (t & 1) ^ 1)"
-DONE, DONE_X = "mbarrier.arrive(empty.index(stage), count=1)", "mbarrier.arrive(empty_x.index(buffer), count=1)"
-TOLD, TOLD_X, TOLD_P = (f"mbarrier.arrive({x}, count=1)" for x in (
-    "full.index(stage)", "full_x.index(buffer)", "ready.index(buffer)",
+DONE, TOLD, TOLD_X, TOLD_P = (f"mbarrier.arrive({x}, count=1)" for x in (
+    "empty.index(stage)", "full.index(stage)", "full_x.index(buffer)", "ready.index(buffer)",
 ))  # fmt: skip
 FREED, READY = "mbarrier.arrive(free, count=1)", "mbarrier.wait(ready, parity)"
 EXPECT, BYTES = "mbarrier.expect(landed.index(stage), 2 * 64 * (256 if OUT else 128))", "2 * 64 * (256 if OUT else 128)"
-EXPECT_X = "mbarrier.expect(full_x.index(buffer), 2 * 64 * 64 * (GROUPS + (0 if MAKE else 3 if OUT else 2)))"
+EXPECT_X = "mbarrier.expect(full_x.index(buffer), 2 * 64 * (64 * GROUPS + MORE))"
 COPY = "copy_async(factors.index(stage), vectors + t * wide(heads) * VECTORS + f)"
 ARRIVE = "async_copy.mbarrier_arrive(full.index(stage), increment_count=False)"
-STORE = "store_vectors(gates, scale, vectors, LOG, sK.dtype == gl.float16)"
-NORMS = "normalise(sQ.index(stage), sK.index(stage), vectors)"
-CLEAR = "clear_rows(sK.index(stage), left)"
-PUT_N = "put_keys(sK.index(stage), room, vectors, nothing, NORM)"
-PUT_P = "put_queries(sQ.index(stage), sK.index(stage), sP.index(buffer), vectors, nothing, NORM)"
-FIRST, NEXT = (f"copy_pair(tensors, columns, first, {t}, tiles, landed, empty, True)" for t in ("0", "t + 1"))
+STORE = "store_vectors(own, scale, vectors, LOG, sK.dtype == gl.float16)"
+NORMS, CLEAR, PUT_N = "normalise(q, k, vectors)", "clear_rows(k, left)", "put_keys(k, room, vectors, nothing, NORM)"
+PUT_P = "put_queries(q, k, sP.index(buffer), vectors, nothing, NORM)"
+VALUES = "copy_values(sources, t, tiles, full_x, empty, GROUPS, 0)"
+FIRST, NEXT = (f"copy_pair(sources, {t}, tiles, landed, empty, True)" for t in ("0", "t + 1"))
 V, DECAYED, OUTPUTS = "V = sV.index", "S = S * vector_of", "from_q = factors"
 TAKE_KS, LAST = "KS, state = warpgroup_mma_wait(0", "S, Y = warpgroup_mma_wait(0, deps=(s, Y))"
 PIECE = "outputs_of(state, Y, sQ.index(stage), sP.index(buffer), from_q, sO, first, AT_ONCE)"
@@ -87,9 +86,8 @@ WAIT, INVERT = "mbarrier.wait(landed.index(0), 0)", "T = inverse("
 EXPECT_QK, STORED = "mbarrier.expect(landed.index(0), 2 * 64 * 256)", "tma.store_wait(0)"
 STORE_X = "store_tile(x, [narrow(chunk * 64), 0], sK)"
 PREPARE_STARVES = "deadlock: the program waits for landed"
-NO_PAIRS = starved(("keep_from", "full"), ("load", "landed"))
-NO_TILES = starved(("keep_from", "full_x"))
-NO_STAGES, NO_BUFFERS = starved(("load", "empty")), starved(("load", "empty_x"))
+NO_PAIRS, NO_TILES = starved(("keep_from", "full"), ("pair", "landed")), starved(("keep_from", "full_x"))
+NO_STAGES, NOT_LANDED = starved(("load", "empty"), ("pair", "empty")), starved(("pair", "landed"))
 # Not here: fences in keep, for products read what the copy engine wrote without one, and make has its own. make
 # releases nothing but N: keep does after it has waited for what make tells of last.
 KEEP = {
@@ -98,129 +96,125 @@ KEEP = {
     "wrong phase of full": Fault("keep", FULL, FULL.replace("& 1", "& 1 ^ 1"), RACE),
     "wrong phase of full_x": Fault("keep", FULL_X, FULL_X.replace("& 1", "& 1 ^ 1"), RACE),
     "wrong stage is waited for": Fault("keep", FULL, FULL.replace("stage", "0"), RACE),
-    "wrong buffer is waited for": Fault("keep", FULL_X, FULL_X.replace("buffer", "1 - buffer"), RACE),
+    "wrong buffer is waited for": Fault("keep", FULL_X, FULL_X.replace("buffer", OTHER), RACE),
     "wrong stage is released": Fault("keep", DONE, DONE.replace("stage", "0"), RACE),
-    "wrong buffer is released": Fault("keep", DONE_X, DONE_X.replace("buffer", "0"), RACE),
     "keep releases k while a product reads it": Fault("keep", TAKE_KS, f"{DONE}; {TAKE_KS}", RACE, DONE, 2),
-    "keep releases v before it is read": Fault("keep", V, f"{DONE_X}; {V}", RACE, DONE_X),
+    "keep releases v before it is read": Fault("keep", V, f"{DONE}; {V}", RACE, DONE, 2),
     "keep releases the vectors before they are read": Fault("keep", DECAYED, f"{DONE}; {DECAYED}", RACE, DONE, 2),
-    "keep releases q before it is read": Fault("keep", OUTPUTS, f"{DONE}; {OUTPUTS}", RACE, DONE, 2),
-    "keep releases X while a product reads it": Fault("keep", OUTPUTS, f"{DONE_X}; {OUTPUTS}", RACE, DONE_X),
-    "keep releases P between outputs": Fault("keep", PIECE, f"{PIECE}; first or {DONE_X}", RACE, DONE_X, groups=MADE),
-    "keep releases q and k twice": Fault("keep", DONE, DONE.replace("=1", "=2"), RACE),
-    "keep releases v, X and P twice": Fault("keep", DONE_X, DONE_X.replace("=1", "=2"), RACE),
-    "keep does not release q and k": Fault("keep", DONE, "pass", NO_STAGES),
-    "keep does not release v, X and P": Fault("keep", DONE_X, "pass", NO_BUFFERS),
+    "keep releases q, X and P before they are read": Fault("keep", OUTPUTS, f"{DONE}; {OUTPUTS}", RACE, DONE, 2),
+    "keep releases P between outputs": Fault("keep", PIECE, f"{PIECE}; first or {DONE}", RACE, DONE, 2, groups=MADE),
+    "keep releases twice": Fault("keep", DONE, DONE.replace("=1", "=2"), RACE),
+    "keep does not release": Fault("keep", DONE, "pass", NO_STAGES),
     "wrong stage of k": Fault("keep", "sK.index(stage)", "sK.index(0)", RACE),
     "wrong stage of q": Fault("keep", "sQ.index(stage)", "sQ.index((stage + 1) % STAGES)", RACE),
-    "wrong buffer of v": Fault("keep", "GROUPS * buffer", "GROUPS * (1 - buffer)", RACE),
-    "wrong buffer of X": Fault("keep", "sX.index(buffer)", "sX.index(1 - buffer)", RACE),
-    "wrong buffer of P": Fault("keep", "sP.index(buffer)", "sP.index(1 - buffer)", RACE),
+    "wrong buffer of v": Fault("keep", "GROUPS * buffer", f"GROUPS * ({OTHER})", RACE),
+    "wrong buffer of X": Fault("keep", "sX.index(buffer)", f"sX.index({OTHER})", RACE),
+    "wrong buffer of P": Fault("keep", "sP.index(buffer)", f"sP.index({OTHER})", RACE),
     "wrong stage of the vectors": Fault("vector_of", "index(stage)", "index(0)", RACE),
     "wrong stage of the decay of q": Fault("keep", f"{OUTPUTS}.index(stage)", f"{OUTPUTS}.index(0)", RACE),
     "one more arrival than are made": Fault("barriers", "count=ARRIVALS", "count=ARRIVALS + 1", "deadlock"),
     "one arrival less than are made": Fault("barriers", "count=ARRIVALS", "count=ARRIVALS - 1", RACE),
-    "a summary releases X too early": Fault("keep", LAST, f"{DONE_X}; {LAST}", RACE, DONE_X, part=192),
+    "a summary releases X too early": Fault("keep", LAST, f"{DONE}; {LAST}", RACE, DONE, part=192),
 }
 LOAD = {
-    "load does not wait for free stages": Fault("copy_pair", EMPTY, "pass", RACE, stages=2),
-    "load does not wait for free buffers": Fault("chain.load", EMPTY_X, "pass", RACE),
-    "wrong phase of empty": Fault("copy_pair", EMPTY, EMPTY.replace(" ^ 1", ""), NO_STAGES),
-    "wrong phase of empty_x": Fault("chain.load", EMPTY_X, EMPTY_X.replace(" ^ 1", ""), NO_BUFFERS),
-    "phase of empty as if there were no stages": Fault(
-        "copy_pair", EMPTY, EMPTY.replace("// STAGES", ""), RACE, stages=2
-    ),
-    "wrong stage is free": Fault("copy_pair", EMPTY, EMPTY.replace("stage)", "0)"), RACE, stages=2),
-    "wrong buffer is free": Fault("chain.load", EMPTY_X, EMPTY_X.replace("buffer", "0"), RACE),
+    "room is not waited for": Fault("await_room", EMPTY, "pass", RACE, stages=2),
+    "room for q and k is not waited for": Fault("copy_pair", ROOM, "pass", RACE, stages=2),
+    "room for v, X and P is not waited for": Fault("copy_values", ROOM_X, "pass", RACE, groups=BOTH),
+    "room for v, X and P as if for q and k": Fault("copy_values", ROOM_X, ROOM, RACE, groups=BOTH),
+    "room for v, X and P of what comes": Fault("copy_values", " - BUFFERS, S", ", S", NO_STAGES, groups=BOTH),
+    "wrong phase of empty": Fault("await_room", EMPTY, EMPTY.replace(" ^ 1", ""), NO_STAGES),
+    "phase of empty as if there were no stages": Fault("await_room", "t // STAGES", "t", RACE, stages=2),
+    "wrong stage is free": Fault("await_room", "t % STAGES", "0", RACE, stages=2),
     "bytes that never land": Fault("copy_pair", EXPECT, EXPECT.replace("256", "257"), NO_PAIRS),
     "bytes that are not expected": Fault("copy_pair", EXPECT, EXPECT.replace("256", "192"), RACE),
     "no bytes expected": Fault("copy_pair", EXPECT, EXPECT.replace(BYTES, "0"), RACE),
     "nothing expected": Fault("copy_pair", EXPECT, "pass", NO_PAIRS),
     "expected at the wrong barrier": Fault("copy_pair", EXPECT, EXPECT.replace("stage)", "0)"), RACE),
-    "expected too early": Fault("copy_pair", EMPTY, f"{EXPECT}; {EMPTY}", RACE, EXPECT, 2, groups=APART),
-    "bytes of X that never land": Fault("chain.load", "3 if OUT", "4 if OUT", NO_TILES, groups=APART),
-    "bytes of P that are not expected": Fault("chain.load", "3 if OUT", "2 if OUT", RACE, groups=APART),
-    "bytes of X expected of the copy engine": Fault("chain.load", "0 if MAKE else ", "", NO_TILES, groups=MADE),
-    "bytes of v that are not expected": Fault("chain.load", "(GROUPS + (", "((", RACE),
-    "nothing of v, X and P expected": Fault("chain.load", EXPECT_X, "pass", NO_TILES),
-    "bytes of a summary's q": Fault("copy_pair", BYTES, "2 * 64 * 256", "deadlock: .*full.0.", part=128),
-    "bytes of a summary's P": Fault("chain.load", "3 if OUT else 2", "3", "deadlock: .*full_x.0.", part=128),
-    "v lands without notice": Fault("chain.load", "full_x.index(buffer), tile", "full.index(stage), tile", RACE),
-    "X lands without notice": Fault(
-        "chain.load", "full_x.index(buffer), sX", "full.index(stage), sX", RACE, groups=APART
+    "expected too early": Fault("copy_pair", ROOM, f"{EXPECT}; {ROOM}", RACE, EXPECT, 2, groups=APART),
+    "bytes of X that never land": Fault("load.load", "192 if OUT", "256 if OUT", NO_TILES),
+    "bytes of P that are not expected": Fault("load.load", "192 if OUT", "128 if OUT", RACE),
+    "bytes of X expected of the copy engine": Fault("pair", VALUES, VALUES.replace("0)", "192)"), NO_TILES),
+    "bytes of v that are not expected": Fault("copy_values", "64 * GROUPS + MORE", "MORE", RACE),
+    "nothing of v, X and P expected": Fault("copy_values", EXPECT_X, "pass", NO_TILES),
+    "v, X and P expected at the wrong barrier": Fault("copy_values", EXPECT_X, EXPECT_X.replace("buffer", OTHER), RACE),
+    "v, X and P expected too early": Fault(
+        "copy_values",
+        "if STAGES > BUFFERS:",
+        f"{EXPECT_X.replace('buffer', 't % BUFFERS')}\n    if True:",
+        RACE,
+        EXPECT_X,
+        groups=(2,),
     ),
+    "bytes of a summary's q": Fault("copy_pair", BYTES, "2 * 64 * 256", "deadlock: .*full.0.", part=128),
+    "bytes of a summary's P": Fault("load.load", "192 if OUT else 128", "192", "deadlock: .*full_x.0.", part=128),
+    "v lands at the wrong barrier": Fault("copy_values", "buffer), tile", f"{OTHER}), tile", RACE),
+    "X lands without notice": Fault("load.load", "full_x.index(buffer), sX", "full.index(stage), sX", RACE),
     "k lands at the wrong barrier": Fault("copy_pair", "landed.index(stage), sK", "landed.index(0), sK", RACE),
     "q lands at the wrong barrier": Fault("copy_pair", "landed.index(stage), sQ", "landed.index(0), sQ", RACE),
-    "the vectors land without notice": Fault("chain.load", COPY, f"{ARRIVE}; {COPY}", RACE, ARRIVE, groups=APART),
-    "the vectors are not told of": Fault("chain.load", ARRIVE, "pass", starved(("keep_from", "full")), groups=APART),
+    "the vectors land without notice": Fault("load.load", COPY, f"{ARRIVE}; {COPY}", RACE, ARRIVE),
+    "the vectors are not told of": Fault("load.load", ARRIVE, "pass", starved(("keep_from", "full"))),
     "the vectors add to those expected": Fault(
-        "chain.load", ", increment_count=False", "", starved(("keep_from", "full")), groups=APART
+        "load.load", ", increment_count=False", "", starved(("keep_from", "full")), groups=APART
     ),
     "k is loaded into the wrong stage": Fault("copy_pair", "sK.index(stage)", "sK.index(0)", RACE),
     "q is loaded into the wrong stage": Fault("copy_pair", "sQ.index(stage)", "sQ.index(0)", RACE),
-    "v is loaded into the wrong buffer": Fault("chain.load", "GROUPS * buffer", "GROUPS * (1 - buffer)", RACE),
-    "X is loaded into the wrong buffer": Fault(
-        "chain.load", "sX.index(buffer)", "sX.index(1 - buffer)", RACE, groups=APART
-    ),
+    "v is loaded into the wrong buffer": Fault("copy_values", "GROUPS * buffer", f"GROUPS * ({OTHER})", RACE),
+    "X is loaded into the wrong buffer": Fault("load.load", "sX.index(buffer)", f"sX.index({OTHER})", RACE),
     "P is loaded into the wrong buffer": Fault(
-        "chain.load",
+        "load.load",
         "full_x.index(buffer), sP.index(buffer)",
-        "full_x.index(buffer), sP.index(1 - buffer)",
+        f"full_x.index(buffer), sP.index({OTHER})",
         RACE,
-        groups=APART,
     ),
-    "vectors of the wrong stage are loaded": Fault("chain.load", COPY, COPY.replace("stage", "0"), RACE, groups=APART),
+    "vectors of the wrong stage are loaded": Fault("load.load", COPY, COPY.replace("stage", "0"), RACE),
 }
 AHEAD = {
-    "q and k are not waited for": Fault("chain.load", LANDED, "pass", RACE),
-    "wrong phase of q and k": Fault("chain.load", LANDED, LANDED.replace("& 1", "& 1 ^ 1"), RACE),
-    "phase of q and k as if there were two stages": Fault("chain.load", LANDED, LANDED.replace("STAGES", "2"), RACE),
-    "q and k of the wrong stage are waited for": Fault("chain.load", LANDED, LANDED.replace("stage", "0"), RACE),
-    "the first chunk is not brought": Fault("chain.load", FIRST, "pass", starved(("load", "landed"))),
-    "the next chunk is not brought": Fault("chain.load", "if left > 64", "if False", starved(("load", "landed"))),
-    "the last chunk is not brought": Fault("chain.load", "if left > 64", "if left > 128", starved(("load", "landed"))),
-    "a chunk behind the last one is brought": Fault("chain.load", "if left > 64", "if True", LEFT_BEHIND),
-    "a chunk is brought twice": Fault("chain.load", NEXT, f"{NEXT}; {NEXT}", RACE),
-    "the tail is cleared before it lands": Fault("chain.load", LANDED, f"left < 64 and {CLEAR}; {LANDED}", RACE, CLEAR),
-    "the norms are taken before q and k land": Fault(
-        "chain.load", LANDED, f"{NORMS}; {LANDED}", RACE, NORMS, gates="norm"
-    ),
+    "q and k are not waited for": Fault("pair", LANDED, "pass", RACE),
+    "wrong phase of q and k": Fault("pair", LANDED, LANDED.replace("& 1", "& 1 ^ 1"), RACE),
+    "phase of q and k as if there were two stages": Fault("pair", LANDED, LANDED.replace("STAGES", "2"), RACE),
+    "q and k of the wrong stage are waited for": Fault("pair", LANDED, LANDED.replace("stage", "0"), RACE),
+    "the first chunk is not brought": Fault("pair", FIRST, "pass", NOT_LANDED),
+    "the next chunk is not brought": Fault("pair", "(left > 64)", "False", NOT_LANDED),
+    "the last chunk is not brought": Fault("pair", "(left > 64)", "(left > 128)", NOT_LANDED),
+    "a chunk behind the last one is brought": Fault("pair", "(left > 64)", "True", LEFT_BEHIND),
+    "of two stages, the next chunk is not brought": Fault("pair", "(STAGES == 2)", "False", NOT_LANDED, stages=2),
+    "of two stages, one behind the last is brought": Fault("pair", "(left > 64)", "True", LEFT_BEHIND, stages=2),
+    "of two stages, a chunk is brought twice": Fault("pair", "(STAGES > 2)", "True", RACE, stages=2),
+    "a chunk is brought twice": Fault("pair", NEXT, f"{NEXT}; {NEXT}", RACE),
+    "the tail is cleared before it lands": Fault("pair", LANDED, f"left < 64 and {CLEAR}; {LANDED}", RACE, CLEAR),
+    "the norms are taken before q and k land": Fault("pair", LANDED, f"{NORMS}; {LANDED}", RACE, NORMS, gates="norm"),
     "the tail is cleared without a fence": Fault("clear_rows", FENCE, "pass", UNFENCED, groups=(2, 3)),
-    "the wrong stage is cleared": Fault("chain.load", CLEAR, CLEAR.replace("stage", "0"), f"{RACE}|{BUDGET}"),
-    "cleared before products are done with it": Fault("chain.load", PUT_P, f"{PUT_P}; {CLEAR}", RACE),
+    "the wrong stage is cleared": Fault("pair", CLEAR, CLEAR.replace("k,", "sK.index(0),"), f"{RACE}|{BUDGET}"),
+    "cleared before products are done with it": Fault("pair", PUT_P, f"{PUT_P}; {CLEAR}", RACE),
     "the next chunk's vectors are stored too early": Fault(
-        "chain.load",
-        "gates = gates_of(g, beta, left - 64",
-        "store_vectors(gates, scale, factors.index((stage + 1) % STAGES), LOG, sK.dtype == gl.float16); "
-        "gates = gates_of(g, beta, left - 64",
+        "pair",
+        "own = gates_of(g, beta, left - 64",
+        "store_vectors(own, scale, factors.index((stage + 1) % STAGES), LOG, sK.dtype == gl.float16); "
+        "own = gates_of(g, beta, left - 64",
         RACE,
     ),
-    "vectors are stored into the wrong stage": Fault(
-        "chain.load", "vectors = factors.index(stage)", "vectors = factors.index(0)", RACE
-    ),
-    "vectors are stored after they are told of": Fault("chain.load", STORE, f"{TOLD}; {STORE}", RACE, TOLD),
-    "vectors are stored again after P is told of": Fault("chain.load", TOLD_P, f"{TOLD_P}; {STORE}", RACE),
-    "norms are stored after they are told of": Fault("chain.load", TOLD, f"{TOLD}; {NORMS}", RACE, NORMS, gates="norm"),
-    "N is put where the last one may be read": Fault("chain.load", FREE, "pass", RACE),
-    "N is put before its room is free": Fault("chain.load", FREE, f"{PUT_N}; {FREE}", RACE, PUT_N),
-    "wrong phase of free": Fault("chain.load", FREE, FREE.replace(" ^ 1", ""), starved(("load", "free"))),
-    "phase of free as of buffers": Fault("chain.load", FREE, FREE.replace("(t & 1)", "((t // 2) & 1)"), RACE),
-    "N is put after it is told of": Fault("chain.load", PUT_N, f"{TOLD}; {PUT_N}", RACE, TOLD),
-    "N is put again after it is told of": Fault("chain.load", TOLD, f"{TOLD}; {PUT_N}", RACE),
-    "nobody is told of N": Fault("chain.load", TOLD, "pass", starved(("make", "full"))),
-    "of N is told twice": Fault("chain.load", TOLD, TOLD.replace("=1", "=2"), RACE),
-    "N is told of at the wrong stage": Fault("chain.load", TOLD, TOLD.replace("stage", "0"), RACE),
-    "P is put where the last one may be read": Fault("chain.load", EMPTY_X, f"{PUT_P}; {EMPTY_X}", RACE, PUT_P),
-    "P is put after it is told of": Fault("chain.load", PUT_P, f"{TOLD_P}; {PUT_P}", RACE, TOLD_P),
-    "P is put again after it is told of": Fault("chain.load", TOLD_P, f"{TOLD_P}; {PUT_P}", RACE),
-    "nobody is told of P": Fault("chain.load", TOLD_P, "pass", starved(("make", "ready"))),
-    "of P is told twice": Fault("chain.load", TOLD_P, TOLD_P.replace("=1", "=2"), RACE),
-    "P is told of in the wrong buffer": Fault("chain.load", TOLD_P, TOLD_P.replace("buffer", "0"), RACE),
-    "P is put into the wrong buffer": Fault("chain.load", PUT_P, PUT_P.replace("buffer", "1 - buffer"), RACE),
-    "P of the wrong stage of q": Fault("chain.load", PUT_P, PUT_P.replace("stage", "(stage + 1) % STAGES", 1), RACE),
-    "P of the wrong stage of k": Fault(
-        "chain.load", PUT_P, PUT_P.replace("sK.index(stage", "sK.index((stage + 1) % STAGES"), RACE
-    ),
+    "vectors are stored into the wrong stage": Fault("pair", "factors.index(stage)", "factors.index(0)", RACE),
+    "vectors are stored after they are told of": Fault("pair", STORE, f"{TOLD}; {STORE}", RACE, TOLD),
+    "vectors are stored again after P is told of": Fault("pair", TOLD_P, f"{TOLD_P}; {STORE}", RACE),
+    "norms are stored after they are told of": Fault("pair", TOLD, f"{TOLD}; {NORMS}", RACE, NORMS, gates="norm"),
+    "N is put where the last one may be read": Fault("pair", FREE, "pass", RACE),
+    "N is put before its room is free": Fault("pair", FREE, f"{PUT_N}; {FREE}", RACE, PUT_N),
+    "wrong phase of free": Fault("pair", FREE, FREE.replace(" ^ 1", ""), starved(("pair", "free"))),
+    "phase of free as of buffers": Fault("pair", FREE, FREE.replace("(t & 1)", "((t // 2) & 1)"), RACE),
+    "N is put after it is told of": Fault("pair", PUT_N, f"{TOLD}; {PUT_N}", RACE, TOLD),
+    "N is put again after it is told of": Fault("pair", TOLD, f"{TOLD}; {PUT_N}", RACE),
+    "nobody is told of N": Fault("pair", TOLD, "pass", starved(("make", "full"))),
+    "of N is told twice": Fault("pair", TOLD, TOLD.replace("=1", "=2"), RACE),
+    "N is told of at the wrong stage": Fault("pair", TOLD, TOLD.replace("stage", "0"), RACE),
+    "P is put where the last one may be read": Fault("pair", VALUES, f"{PUT_P}; {VALUES}", RACE, PUT_P),
+    "P is put after it is told of": Fault("pair", PUT_P, f"{TOLD_P}; {PUT_P}", RACE, TOLD_P),
+    "P is put again after it is told of": Fault("pair", TOLD_P, f"{TOLD_P}; {PUT_P}", RACE),
+    "nobody is told of P": Fault("pair", TOLD_P, "pass", starved(("make", "ready"))),
+    "of P is told twice": Fault("pair", TOLD_P, TOLD_P.replace("=1", "=2"), RACE),
+    "P is told of in the wrong buffer": Fault("pair", TOLD_P, TOLD_P.replace("buffer", "0"), RACE),
+    "P is put into the wrong buffer": Fault("pair", PUT_P, PUT_P.replace("buffer", OTHER), RACE),
+    "P of the wrong stage of q": Fault("pair", PUT_P, PUT_P.replace("(q,", "(sQ.index((stage + 1) % STAGES),"), RACE),
+    "P of the wrong stage of k": Fault("pair", PUT_P, PUT_P.replace("k,", "sK.index((stage + 1) % STAGES),"), RACE),
 }
 MAKE = {
     "make does not wait for N and vectors": Fault("make", FULL, "pass", RACE),
@@ -228,13 +222,13 @@ MAKE = {
     "make waits for the wrong stage": Fault("make", FULL, FULL.replace("stage", "0"), RACE),
     "make does not wait for P": Fault("without_state", READY, "pass", RACE),
     "make waits for P too late": Fault("without_state", LAST_FENCE, f"{LAST_FENCE}; {READY}", RACE, READY),
-    "make: wrong phase of ready": Fault("make", "(t // 2) & 1", "(t // 2) & 1 ^ 1", RACE),
-    "make: phase of ready as if there were one": Fault("make", "(t // 2) & 1", "t & 1", RACE),
+    "make: wrong phase of ready": Fault("make", "(t // BUFFERS) & 1", "(t // BUFFERS) & 1 ^ 1", RACE),
+    "make: phase of ready as if there were one": Fault("make", "(t // BUFFERS) & 1", "t & 1", RACE),
     "make waits for P in the wrong buffer": Fault("make", "ready.index(buffer)", "ready.index(0)", RACE),
     "make frees N before it is read": Fault(
         "without_state", INVERT, f"mbarrier.arrive(signals[0], count=1); {INVERT}", RACE, FREED
     ),
-    "make does not free N": Fault("without_state", FREED, "pass", starved(("load", "free"))),
+    "make does not free N": Fault("without_state", FREED, "pass", starved(("pair", "free"))),
     "make frees N twice": Fault("without_state", FREED, FREED.replace("=1", "=2"), RACE),
     "make tells of X before it is there": Fault("make", WITHOUT_STATE, f"{TOLD_X}; {WITHOUT_STATE}", RACE, TOLD_X),
     "make tells of X twice": Fault("make", TOLD_X, TOLD_X.replace("=1", "=2"), RACE),
@@ -242,19 +236,17 @@ MAKE = {
     "make tells of the wrong buffer": Fault("make", TOLD_X, TOLD_X.replace("buffer", "0"), RACE),
     "make: wrong stage of k": Fault("make", "sK.index(stage)", "sK.index(0)", RACE),
     "make: wrong stage of the vectors": Fault("make", "factors.index(stage)", "factors.index(0)", RACE),
-    "make: wrong buffer of X": Fault("make", "sX.index(buffer)", "sX.index(1 - buffer)", RACE),
-    "make: wrong buffer of P": Fault("make", "sP.index(buffer)", "sP.index(1 - buffer)", RACE),
+    "make: wrong buffer of X": Fault("make", "sX.index(buffer)", f"sX.index({OTHER})", RACE),
+    "make: wrong buffer of P": Fault("make", "sP.index(buffer)", f"sP.index({OTHER})", RACE),
     "barrier full counts what load waits for": Fault("chain", "1 if MAKE else 129", "2", starved(("make", "full"))),
     "barrier full_x does not count make": Fault("chain", "2 if MAKE else 1)", "1)", RACE),
-    "barrier landed counts two": Fault(
-        "chain", "room, barriers(STAGES, 1)", "room, barriers(STAGES, 2)", starved(("load", "landed"))
-    ),
-    "barrier free counts two": Fault("chain", "barriers(1, 1)", "barriers(1, 2)", starved(("load", "free"))),
-    "barrier ready counts two": Fault("chain", "barriers(2, 1)\n", "barriers(2, 2)\n", starved(("make", "ready"))),
+    "barrier landed counts two": Fault("chain", "16), barriers(STAGES, 1)", "16), barriers(STAGES, 2)", NOT_LANDED),
+    "barrier free counts two": Fault("chain", "barriers(1, 1)", "barriers(1, 2)", starved(("pair", "free"))),
+    "barrier ready counts two": Fault("chain", "barriers(2, 1))\n", "barriers(2, 2))\n", starved(("make", "ready"))),
 }
 ONE_STAGE = {
-    "one stage: load does not wait": Fault("copy_pair", EMPTY, "pass", RACE),
-    "one stage: wrong phase of empty": Fault("copy_pair", EMPTY, EMPTY.replace("STAGES", "2"), RACE),
+    "one stage: load does not wait": Fault("await_room", EMPTY, "pass", RACE),
+    "one stage: wrong phase of empty": Fault("await_room", "t // STAGES", "t // 2", RACE),
     "one stage: wrong phase of full": Fault("keep", FULL, FULL.replace("STAGES", "2"), RACE),
     "one stage: keep releases k too early": Fault("keep", TAKE_KS, f"{DONE}; {TAKE_KS}", RACE, DONE),
     "one stage: keep releases q too early": Fault("keep", OUTPUTS, f"{DONE}; {OUTPUTS}", RACE, DONE),

@@ -6,6 +6,7 @@ import pytest
 
 from test_gluon_faults import (
     APART,
+    BOTH,
     BUDGET,
     CLEAR,
     FP16,
@@ -20,7 +21,7 @@ from test_gluon_faults import (
 )
 
 KQ, OF_K = "gl.where(upper(0, 64, nothing), pairs(sQ, sK), 0.0)", "-columns_of(vectors, OF_K)"
-ADVANCED = "gates = gates_of(g + g_row * wide(64), beta + beta_row * wide(64), left - 64, g_row, beta_row, LOG)"
+ADVANCED = "own = gates_of(g + g_row * wide(64), beta + beta_row * wide(64), left - 64, g_row, beta_row, LOG)"
 AHEAD = "left - 64, g_row"
 ROWS_OF_P, COLUMNS_OF_P = "rows_of(vectors, ROWS_OF_P, COUNT)", "columns_of(vectors, COLUMNS_OF_P, FIRST, COUNT)"
 ROWS_OF_X, SPREAD = "X * rows_of(vectors, ROWS_OF_X)", "gl.exp2(columns_of(vectors, HIGH, FIRST, COUNT)"
@@ -29,8 +30,6 @@ LEFT = "gl.exp2(whole - high) * rest * shrunk"
 TAKE_P, TAKE_X = "deps=(product2(high, low, tile)", "x = product2(high, low"
 MOVED = f"{UNFENCED}|{BUDGET}"
 """Where X, or half of P, comes to lie on what a product still has to read."""
-BOTH = (2, 3)
-"""The groups of a program with both halves of a state."""
 CHAIN = {
     "decay of the state forgotten": Fault("keep", "S = S * vector_of", "S = S + 0 * vector_of", BUDGET),
     "decay of K S forgotten": Fault("keep", "KS * vector_of(factors, stage, FROM_K, c)[None, :]", "KS * -1.0", BUDGET),
@@ -47,7 +46,7 @@ CHAIN = {
         "keep", "outputs_of(state", "outputs_of(warpgroup_mma_wait(0, deps=(s,)).to(dtype)", OUTPUT
     ),
     "wrong half of v": Fault("keep", "GROUPS * buffer + GROUP", "GROUPS * buffer", BUDGET, groups=BOTH),
-    "wrong half of v is loaded": Fault("chain.load", "v_column + 64 * group", "v_column", BUDGET, groups=BOTH),
+    "wrong half of v is loaded": Fault("copy_values", "column + 64 * group", "column", BUDGET, groups=BOTH),
     "wrong half of v for a program": Fault("chain", "v_head) + own", "v_head)", BUDGET, groups=(1,)),
     "wrong half of the state": Fault("keep_from", "GROUP * 64", "0", BUDGET, groups=BOTH),
     "wrong half of the output": Fault("keep", "output + GROUP * 64", "output", BUDGET, groups=BOTH),
@@ -65,30 +64,26 @@ CHAIN = {
 }
 GATES = {
     "gates behind the sequence": Fault("gates_of", "mask=row < length", "mask=row >= 0", f"memory|{BUDGET}"),
-    "gates of the first chunk": Fault("chain.load", "g += g_row * wide(64)", "pass", BUDGET, groups=MADE),
-    "beta of the first chunk": Fault("chain.load", "beta += beta_row * wide(64)", "pass", BUDGET, groups=MADE),
-    "gates a chunk early": Fault("chain.load", STORE, f"{ADVANCED}; {STORE}", BUDGET, groups=MADE),
-    "gates of the next sequence": Fault("chain.load", AHEAD, "64, g_row", f"memory|{BUDGET}", groups=MADE),
-    "gates behind the next chunk": Fault("chain.load", AHEAD, "left, g_row", f"memory|{BUDGET}", groups=MADE),
-    "gates of the tail lost": Fault("chain.load", AHEAD, "left - 65, g_row", BUDGET, groups=MADE),
-    "gates of a short sequence": Fault(
-        "chain.load", "beta, length, g_row", "beta, length - 329, g_row", BUDGET, groups=MADE
-    ),
-    "keys of the next sequence": Fault("chain.load", "if left < 64", "if False", BUDGET, groups=MADE),
-    "a key of the next sequence": Fault("chain.load", CLEAR, CLEAR.replace("left", "left + 1"), BUDGET, groups=MADE),
-    "a key lost": Fault("chain.load", CLEAR, CLEAR.replace("left", "left - 1"), BUDGET, groups=MADE),
-    "queries cleared for keys": Fault("chain.load", CLEAR, CLEAR.replace("sK", "sQ"), BUDGET, groups=MADE),
-    "a row too few cleared": Fault("clear_rows", "row < left", "row <= left", BUDGET, groups=(2, 3)),
-    "half of the columns cleared": Fault("clear_rows", "(0, 128, 64)", "(0, 64, 64)", BUDGET, groups=(2, 3)),
-    "the other half of the columns cleared": Fault(
-        "clear_rows", "(0, 128, 64)", "(64, 128, 64)", BUDGET, groups=(2, 3)
-    ),
+    "gates of the first chunk": Fault("pair", "g += g_row * wide(64)", "pass", BUDGET),
+    "beta of the first chunk": Fault("pair", "beta += beta_row * wide(64)", "pass", BUDGET),
+    "gates a chunk early": Fault("pair", STORE, f"{ADVANCED}; {STORE}", BUDGET),
+    "gates of the next sequence": Fault("pair", AHEAD, "64, g_row", f"memory|{BUDGET}"),
+    "gates behind the next chunk": Fault("pair", AHEAD, "left, g_row", f"memory|{BUDGET}"),
+    "gates of the tail lost": Fault("pair", AHEAD, "left - 65, g_row", BUDGET),
+    "gates of a short sequence": Fault("pair", "beta, length, g_row", "beta, length - 329, g_row", BUDGET),
+    "keys of the next sequence": Fault("pair", "if left < 64", "if False", BUDGET),
+    "a key of the next sequence": Fault("pair", CLEAR, CLEAR.replace("left", "left + 1"), BUDGET),
+    "a key lost": Fault("pair", CLEAR, CLEAR.replace("left", "left - 1"), BUDGET),
+    "queries cleared for keys": Fault("pair", CLEAR, CLEAR.replace("k,", "q,"), BUDGET),
+    "a row too few cleared": Fault("clear_rows", "row < left", "row <= left", BUDGET, groups=BOTH),
+    "half of the columns cleared": Fault("clear_rows", "(0, 128, 64)", "(0, 64, 64)", BUDGET, groups=BOTH),
+    "the other half of the columns cleared": Fault("clear_rows", "(0, 128, 64)", "(64, 128, 64)", BUDGET, groups=BOTH),
     "the rows before the end cleared": Fault(
         "clear_rows",
         "row < left, columns.load(layout), 0.0",
         "row < left, 0.0, columns.load(layout)",
         BUDGET,
-        groups=(2, 3),
+        groups=BOTH,
     ),
     "k of the first chunk": Fault("copy_pair", "[row, k_column]", "[first, k_column]", BUDGET),
     "q of the first chunk": Fault("copy_pair", "[row, q_column]", "[first, q_column]", OUTPUT),
@@ -96,10 +91,8 @@ GATES = {
     "q of the first head": Fault("copy_pair", "[row, q_column]", "[row, 0]", OUTPUT, gates="heads"),
     "q in the place of k": Fault("copy_pair", "copy_tile(k, ", "copy_tile(q, ", BUDGET),
     "k in the place of q": Fault("copy_pair", "copy_tile(q, ", "copy_tile(k, ", OUTPUT),
-    "N of the wrong stage of k": Fault(
-        "chain.load", PUT_N, PUT_N.replace("stage", "(stage + 1) % STAGES"), BUDGET, groups=MADE
-    ),
-    "P of k": Fault("chain.load", PUT_P, PUT_P.replace("sQ", "sK"), OUTPUT, groups=MADE),
+    "N of the wrong stage of k": Fault("pair", PUT_N, PUT_N.replace("(k,", "(sK.index((stage + 1) % STAGES),"), BUDGET),
+    "P of k": Fault("pair", PUT_P, PUT_P.replace("(q,", "(k,"), OUTPUT),
     "logarithms to the base e": Fault("log2_of", "x * 1.4426950408889634", "x", BUDGET),
     "alpha 0 without a bound": Fault("log2_of", "return gl.maximum(x, -160.0)", "return x", BUDGET, gates="strong"),
     "decay of K S with the wrong sign": Fault("store_vectors", "eight(-start", "eight(start", BUDGET),
@@ -203,7 +196,7 @@ NORMS = {
         BUDGET,
     ),
     "norms of q and k swapped": Fault("normalise", "row_norms(sQ", "row_norms(sK", OUTPUT),
-    "load forgets norms": Fault("chain.load", "if NORM:", "if False:", BUDGET, groups=MADE),
+    "load forgets norms": Fault("pair", "if NORM:", "if False:", BUDGET),
     "prepare forgets norms": Fault("prepare", "if NORM:", "if False:", BUDGET),
 }
 PLACES = {

@@ -95,6 +95,7 @@ KEEP = {
     "keep does not wait for v, X and P": Fault("keep", FULL_X, "pass", RACE),
     "wrong phase of full": Fault("keep", FULL, FULL.replace("& 1", "& 1 ^ 1"), RACE),
     "wrong phase of full_x": Fault("keep", FULL_X, FULL_X.replace("& 1", "& 1 ^ 1"), RACE),
+    "phase of full_x as of two buffers": Fault("keep", FULL_X, FULL_X.replace("BUFFERS", "2"), RACE, groups=(1,)),
     "wrong stage is waited for": Fault("keep", FULL, FULL.replace("stage", "0"), RACE),
     "wrong buffer is waited for": Fault("keep", FULL_X, FULL_X.replace("buffer", OTHER), RACE),
     "wrong stage is released": Fault("keep", DONE, DONE.replace("stage", "0"), RACE),
@@ -136,7 +137,7 @@ LOAD = {
     "bytes of X expected of the copy engine": Fault("pair", VALUES, VALUES.replace("0)", "192)"), NO_TILES),
     "bytes of v that are not expected": Fault("copy_values", "64 * GROUPS + MORE", "MORE", RACE),
     "nothing of v, X and P expected": Fault("copy_values", EXPECT_X, "pass", NO_TILES),
-    "v, X and P expected at the wrong barrier": Fault("copy_values", EXPECT_X, EXPECT_X.replace("buffer", OTHER), RACE),
+    "v, X and P expected at the wrong barrier": Fault("copy_values", EXPECT_X, EXPECT_X.replace("buffer", "0"), RACE),
     "v, X and P expected too early": Fault(
         "copy_values",
         "if STAGES > BUFFERS:",
@@ -166,6 +167,7 @@ LOAD = {
         f"full_x.index(buffer), sP.index({OTHER})",
         RACE,
     ),
+    "buffers as where there are two": Fault("load.load", "t % BUFFERS", "t % 2", RACE, groups=(1,)),
     "vectors of the wrong stage are loaded": Fault("load.load", COPY, COPY.replace("stage", "0"), RACE),
 }
 AHEAD = {
@@ -183,7 +185,7 @@ AHEAD = {
     "a chunk is brought twice": Fault("pair", NEXT, f"{NEXT}; {NEXT}", RACE),
     "the tail is cleared before it lands": Fault("pair", LANDED, f"left < 64 and {CLEAR}; {LANDED}", RACE, CLEAR),
     "the norms are taken before q and k land": Fault("pair", LANDED, f"{NORMS}; {LANDED}", RACE, NORMS, gates="norm"),
-    "the tail is cleared without a fence": Fault("clear_rows", FENCE, "pass", UNFENCED, groups=(2, 3)),
+    "the tail is cleared without a fence": Fault("clear_rows", FENCE, "pass", UNFENCED, groups=BOTH),
     "the wrong stage is cleared": Fault("pair", CLEAR, CLEAR.replace("k,", "sK.index(0),"), f"{RACE}|{BUDGET}"),
     "cleared before products are done with it": Fault("pair", PUT_P, f"{PUT_P}; {CLEAR}", RACE),
     "the next chunk's vectors are stored too early": Fault(

@@ -63,7 +63,7 @@ class Launch:
 def call_of(**changes: Any) -> RecurrentCall:
     """A call of two rows over one state each, as the operator makes it."""
     inputs = recurrent_inputs(2, h=1, hv=2, head_k=32, head_v=32)
-    where = ("gated_delta_rule_decode_pretranspose", "state", None, True, False, "auto", True, None, True)
+    where = ("gated_delta_rule_decode_pretranspose", "state", None, True, False, "auto", False, None, True)
     return RecurrentCall(*where, **inputs, output=None)._replace(**changes)
 
 

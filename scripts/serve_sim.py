@@ -10,15 +10,16 @@ right is known ahead: so the steps are the same on every machine and with anybod
 from __future__ import annotations
 
 import csv
-import math
 import random
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import typer
@@ -38,6 +39,7 @@ from gated_delta.layer import GatedDeltaNetAttention, Projected
 from gated_delta.norm import rms_norm_gated
 from gated_delta.reference import l2norm
 from gated_delta.state import LayerState, StatePool
+from serve_trace import Request, random_trace, read_trace
 
 MODELS = {
     "qwen3-next-80b-a3b": (Heads(16, 32), 2048, "interleaved", 36),
@@ -46,58 +48,15 @@ MODELS = {
     "tiny": (Heads(1, 2, 32, 32), 32, "interleaved", 2),
 }
 """Heads, hidden size, projections and GDN layers by the published configs; "tiny" is no model."""
-PROFILED, EMBEDDINGS, SIGMA = 16, 4096, 0.7
-"""Every so-manieth step is profiled for its parts, not timed; inputs there are; of log-normal lengths."""
-PARTS = {
-    "aten::linear": "projections", "gated_delta::causal_conv1d": "convolution", "gated_delta::gates": "gates",
-    "gated_delta::causal_conv1d_update": "convolution", "gated_delta::prefill": "rule", "rule": "rule",
-    "gated_delta::gated_delta_net_step": "fused step", "gated_delta::rms_norm_gated": "norm",
-    "translation": "translation", "step": "other",
+PROFILED, EMBEDDINGS = 16, 4096
+"""Every so-manieth step is profiled for its parts, not timed; inputs there are."""
+MARKED = {
+    "causal_conv1d": "convolution", "causal_conv1d_update": "convolution", "gates": "gates",
+    "chunk_gated_delta_rule": "rule", "gated_delta_net_step": "fused step", "rms_norm_gated": "norm",
 }  # fmt: skip
-"""The part of a step that an operator, or a range that we mark, is. The fused step is convolution, rule and norm."""
-
-
-class Request(NamedTuple):
-    """Comes before step ``arrival`` with ``prompt`` tokens, and goes with its ``output``-th new one."""
-
-    arrival: float
-    prompt: int
-    output: int
-
-
-def random_trace(count: int, rate: float, prompt: int, output: int, seed: int) -> list[Request]:
-    """Poisson arrivals, ``rate`` a step; log-normal lengths with these medians."""
-    choice, now, found = random.Random(seed), 0.0, []
-    for _ in range(count):
-        now += choice.expovariate(rate)
-        lengths = (max(1, round(choice.lognormvariate(math.log(median), SIGMA))) for median in (prompt, output))
-        found.append(Request(now, *lengths))
-    return found
-
-
-def read_trace(path: Path) -> list[Request]:
-    """Of a CSV with the columns arrival, prompt, output.
-
-    Raises:
-        OptionError: no such file, or a value that is none; its row and column are named.
-    """
-    try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
-    except (OSError, ValueError) as error:
-        raise OptionError("serve-sim", "--trace", f"{path} ({error})", "a CSV file") from error
-    found = []
-    for number, row in enumerate(rows, 1):
-        values = []
-        for name, kind, least in (("arrival", float, 0), ("prompt", int, 1), ("output", int, 1)):
-            try:
-                values.append(kind(row.get(name) or ""))
-            except ValueError:
-                values.append(math.nan)
-            if not least <= values[-1] < math.inf:
-                must = f"a {'whole ' if kind is int else ''}number of at least {least}"
-                raise OptionError("serve-sim", f"{path.name}, row {number}, column {name}", repr(row.get(name)), must)
-        found.append(Request(*values))
-    return sorted(found)
+"""The part of a step that a function is. The fused step is convolution, rule and norm."""
+PARTS = {"aten::linear": "projections", "step": "other"} | {x: x for x in (*MARKED.values(), "translation")}
+"""The part that an operator of torch, or a range that we mark, is."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +209,7 @@ class Simulation:
             self.now = self.now if self.running else max(self.now, self.waiting[0][1].arrival)
             moves = self._moves()
             if (len(self.seconds) + self.profiled + 1) % PROFILED == 0:
-                with profile() as profiler, record_function("step"):
+                with marked(), profile() as profiler, record_function("step"):
                     output = self._forward(moves)
                 self.profiled += 1
                 self.us.update(parts(profiler))
@@ -328,6 +287,16 @@ def serve(
     calls = ", ".join(f"{count} {what}" for what, count in swap.served.items()) if swap else ""
     told = {"rule by": name, "calls": calls, "version": peers.version_of(name), "model": model, "layers": len(own)}
     return {**told, "requests": len(trace), **found}
+
+
+@contextmanager
+def marked() -> Iterator[None]:
+    """Ranges of the profiler for what layers call: a call like an earlier one is no operator of torch's."""
+    with ExitStack() as stack:
+        for room in (sys.modules[GatedDeltaNetAttention.__module__], sys.modules[__name__]):
+            for name in MARKED.keys() & vars(room):
+                stack.enter_context(patch.object(room, name, record_function(MARKED[name])(vars(room)[name])))
+        yield
 
 
 def parts(profiler: profile) -> Counter[str]:

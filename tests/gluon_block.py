@@ -7,8 +7,9 @@ the order:
 * Races. Whatever partitions do to shared memory carries a time on vector clocks, which barriers hand on. Two accesses
   that no barrier orders, one of them a write, are an error, and so is a product, or a tile of the copy engine, on what
   was written without a fence in between. What the copy engine wrote needs none: products read as it writes.
-* An asynchronous copy spoils its destination at once and lands later, in no order but that of a barrier, or when its
-  partition waits for its group of copies. A store by the copy engine reads until it is waited for.
+* An asynchronous copy spoils its destination at once and lands later, in no order but that of a barrier. One that a
+  program leaves behind is an error: it would land in the memory of the next. A store by the copy engine reads until it
+  is waited for.
 * A product reads its operands in shared memory, and what it adds to, only when it is waited for; until then its result
   is nothing to compute with, and nothing is allocated: the compiler takes a product's operands for free once it is
   issued.
@@ -209,8 +210,6 @@ class Partition:
     def __init__(self, block: Block, agent: Agent, warps: int) -> None:
         self.block, self.agent, self.warps = block, agent, warps
         self.copies: list[tuple[Shared, Tensor, Agent]] = []
-        self.groups: deque[list[tuple[Shared, Tensor, Agent]]] = deque()
-        self.copied = 0
         self.products: deque[Product] = deque()
         self.stores: deque[tuple[Tensor, Shared, Agent]] = deque()
         self.ready: Callable[[], bool] = lambda: True
@@ -218,8 +217,8 @@ class Partition:
 
     def copier(self) -> Agent:
         """Of one copy, which begins after all that the partition has done."""
-        self.copied += 1
-        return Agent(f"copy {self.copied} of {self.agent.name}", self.agent)
+        self.block.copiers.append(Agent(f"copy {len(self.block.copiers)} of {self.agent.name}", self.agent))
+        return self.block.copiers[-1]
 
     def give_way(self, ready: Callable[[], bool], what: str) -> None:
         """Let others run, until ``ready``."""
@@ -252,6 +251,7 @@ class Block:
         self.place, self.grid, self.random = place, grid, random.Random(seed)
         self.changed = threading.Condition()
         self.landing: list[Callable[[], None]] = []
+        self.copiers: list[Agent] = []
         self.failure: BaseException | None = None
         self.main = self.turn = Partition(self, Agent("the program"), warps)
         self.partitions = [self.main]
@@ -298,6 +298,12 @@ class Block:
         for partition in self.partitions:
             self.main.agent.learn(partition.agent)
         self.partitions, self.turn = [self.main], self.main
+
+    def end(self) -> None:
+        self.main.end()
+        left = [copier.name for copier in self.copiers if not self.main.agent.seen[copier.name]]
+        if left:
+            raise KernelError(f"the program ends with copies that nobody waited for: {', '.join(left)}")
 
 
 class Product:

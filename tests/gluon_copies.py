@@ -56,21 +56,6 @@ def store_wait(pendings: int) -> None:
         here.partition.agent.learn(copier)
 
 
-def commit_group() -> None:
-    partition: Partition = here.partition
-    partition.groups.append(partition.copies)
-    partition.copies = []
-
-
-def copies_land(number: int) -> None:
-    """Wait until so many groups of copies are left."""
-    partition: Partition = here.partition
-    while len(partition.groups) > number:
-        for smem, data, copier in partition.groups.popleft():
-            smem.data.copy_(data)
-            partition.agent.learn(copier)
-
-
 def copies_arrive(barrier: Barrier, increment_count: bool = True) -> None:
     partition: Partition = here.partition
     threads, copies, partition.copies = 32 * partition.warps, partition.copies, []

@@ -35,7 +35,7 @@ from gluon_block import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from gluon_copies import commit_group, copies_arrive, copies_land, copy_tile, copy_to_shared, store_tile, store_wait
+from gluon_copies import copies_arrive, copy_tile, copy_to_shared, store_tile, store_wait
 from gluon_values import TORCH, KernelError, Value, argument, raw
 
 
@@ -110,8 +110,6 @@ REPLACED: dict[int, Any] = {
         async_copy_global_to_shared=copy_to_shared,
         async_load=copy_to_shared,
         mbarrier_arrive=copies_arrive,
-        commit_group=commit_group,
-        wait_group=copies_land,
     ),
     id(hopper.fence_async_shared): fence_async_shared,
     id(hopper.mma_v2): mma_v2,
@@ -126,7 +124,7 @@ for _module, _ours, *_names in (  # the same: since Triton 3.8, and before 3.9
 ):
     REPLACED |= {id(getattr(_module, name)): _ours for name in _names if hasattr(_module, name)}
 Edits = Mapping[str, Sequence[tuple[str, str]]]
-"""By function: pieces of its source that are replaced, and what by."""
+"""By function, its module before it where two have the name: pieces of its source that are replaced, and what by."""
 
 
 class Plain:
@@ -137,11 +135,13 @@ class Plain:
 
     def function(self, kernel: Any) -> Callable[..., None]:
         names, function = self.names(kernel.fn.__globals__), kernel.fn
-        if function.__name__ not in self.edits:
+        own = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        edits = (*self.edits.get(function.__name__, ()), *self.edits.get(own, ()))
+        if not edits:
             return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
         source = textwrap.dedent(inspect.getsource(function))
         source = source[source.index("def ") :]
-        for old, new in self.edits[function.__name__]:
+        for old, new in edits:
             if old not in source:
                 raise LookupError(f"{function.__name__} has no {old!r}")
             source = source.replace(old, new)
@@ -187,5 +187,5 @@ def launch(
         block = Block(place, grid, warps, seed)
         here.partition = block.main
         function(*given)
-        block.main.end()
+        block.end()
         seed += 1

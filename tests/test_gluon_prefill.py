@@ -126,9 +126,9 @@ def test_lengths(length: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_one_stage(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Meant for sequences of one chunk, and right for any."""
-    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(min(groups, 2), make=groups == 3, stages=1))
+def test_few_stages(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is meant for sequences of one chunk, and right for any; chunks that are prepared on the way need two."""
+    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(min(groups, 2), make=groups == 3, stages=1 + groups // 3))
     inputs = unit(small([64, 1, 0, 200, 63], gates="weak", hv=2), 3.0)
     assert_right(inputs, *run(inputs))
 

@@ -1,8 +1,8 @@
 """The chunks of one head of one sequence, or of a part of it, one after the other: groups of four warps side by side.
 
-* ``load`` brings q, k and v of coming chunks into shared memory.
-* ``make`` prepares them: X, P' and vectors (:mod:`prepare`). Where states do not fill the processors, :func:`prepare`
-  has done so for all chunks before, in a launch of its own, and ``load`` brings these too.
+* :func:`load` brings q, k and v of coming chunks into shared memory, with X, P' and vectors, which :func:`prepare` has
+  made for all chunks before, in a launch of its own.
+* Where states fill the processors, :func:`pair` and :func:`make` do what :func:`prepare` does, as chunks come, instead.
 * A group of ``keep`` holds 64 values of the state, ``[V, K]`` in fp32 registers. Every product of its is transposed,
   ``(K S)^T = S^T K^T`` and so on, so that what it computed last is its left operand, from registers:
 
@@ -17,118 +17,24 @@ free again. What a group writes for a chunk is written while products of the nex
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from gated_delta.kernels.gluon.inverse import ACC, layout_of, rooms
+from gated_delta.kernels.gluon.load import load, make, pair
 from gated_delta.kernels.gluon.prepare import (
     DECAY,
     FROM_K,
     FROM_Q,
     LINES,
     VECTORS,
-    clear_rows,
-    copy_tile,
-    gates_of,
     narrow,
-    normalise,
-    put_pairs,
     sequence_of,
     slot_of,
-    store_vectors,
     vectors_in_shared,
-    without_state,
+    wide,
 )
 
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
-copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-"""Its name since Triton 3.8, or the one before 3.9."""
-
-
-@gluon.jit
-def wide(x):
-    """A stride, for products that need 64 bits."""
-    return gl.to_tensor(x).to(gl.int64)
-
-
-@gluon.jit
-def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr, MAKE: gl.constexpr, LOG: gl.constexpr, NORM: gl.constexpr):
-    """What chunks need: tiles by the copy engine, which behind the last token of a sequence hold those of the next one,
-    except for k where :func:`make` is to have zeros. X, P' and vectors come from memory, or vectors are made.
-    """
-    tensors, columns, made, first, chunks, length, tiles, signals = what
-    q, k, v = tensors
-    q_column, k_column, v_column = columns
-    sQ, sK, sV, sX, sP, factors = tiles
-    full, empty, full_x, empty_x = signals
-    STAGES: gl.constexpr = sK.shape[0]
-    landed = full
-    if MAKE:
-        g, beta, g_row, beta_row, scale, room, landed, free, ready = made
-        gates = gates_of(g, beta, length, g_row, beta_row, LOG)
-    f = FROM_K + gl.arange(0, 256, gl.BlockedLayout([2], [32], [4], [0]))
-    for t in range(chunks):
-        stage, buffer = t % STAGES, t % 2
-        row, left = first + t * 64, length - t * 64
-        mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
-        there = landed.index(stage)
-        mbarrier.expect(there, 2 * 64 * (256 if OUT else 128))
-        copy_tile(k, [row, k_column], there, sK.index(stage))
-        if OUT:
-            copy_tile(q, [row, q_column], there, sQ.index(stage))
-        if MAKE:
-            vectors = factors.index(stage)
-            store_vectors(gates, scale, vectors, LOG, NORM or sK.dtype == gl.float16)
-            g += g_row * wide(64)
-            beta += beta_row * wide(64)
-            gates = gates_of(g, beta, left - 64, g_row, beta_row, LOG)  # of the next chunk, ahead of time
-            mbarrier.wait(there, (t // STAGES) & 1)
-            if left < 64:
-                clear_rows(sK.index(stage), left)
-            if NORM:
-                normalise(sQ.index(stage), sK.index(stage), vectors)
-            parity = ((t // 2) & 1) ^ 1
-            turns = (free.index(0), (t & 1) ^ 1, full.index(stage), empty_x.index(buffer), parity)
-            nothing = (left <= 0).to(gl.int32)
-            put_pairs(sQ.index(stage), sK.index(stage), sP.index(buffer), room, vectors, turns, nothing, NORM)
-            mbarrier.arrive(ready.index(buffer), count=1)
-        else:
-            x, p, vectors, chunk, heads = made
-            copy_async(factors.index(stage), vectors + t * wide(heads) * VECTORS + f)
-            async_copy.mbarrier_arrive(there, increment_count=False)
-        mbarrier.wait(empty_x.index(buffer), ((t // 2) & 1) ^ 1)
-        mbarrier.expect(full_x.index(buffer), 2 * 64 * 64 * (GROUPS + (0 if MAKE else 3 if OUT else 2)))
-        for group in gl.static_range(GROUPS):
-            tile = sV.index(GROUPS * buffer + group)
-            copy_tile(v, [row, v_column + 64 * group], full_x.index(buffer), tile)
-        if not MAKE:
-            place = (chunk + t * heads) * 64
-            copy_tile(x, [place, 0], full_x.index(buffer), sX.index(buffer))
-            if OUT:
-                copy_tile(p, [place, 0], full_x.index(buffer), sP.index(buffer))
-
-
-@gluon.jit
-def make(what, NORM: gl.constexpr):
-    """X and P' of all chunks."""
-    chunks, length, tiles, signals, room, free, ready = what
-    _, sK, _, sX, sP, factors = tiles
-    full, _, full_x, _ = signals
-    STAGES: gl.constexpr = sK.shape[0]
-    for t in range(chunks):
-        stage, buffer, parity = t % STAGES, t % 2, (t // 2) & 1
-        mbarrier.wait(full.index(stage), (t // STAGES) & 1)
-        nothing = (length - t * 64 <= 0).to(gl.int32)
-        without_state(
-            sK.index(stage), sP.index(buffer), sX.index(buffer), room, factors.index(stage),
-            (free.index(0), ready.index(buffer)), parity, nothing, NORM, 64,
-        )  # fmt: skip
-        mbarrier.arrive(full_x.index(buffer), count=1)
 
 
 @gluon.jit
@@ -189,21 +95,22 @@ def keep(
     final, kept, output = states
     is_last, before, every, f_line, c_row, c_line, o_row = places
     sQ, sK, sV, sX, sP, factors = tiles
-    full, empty, full_x, empty_x = signals
+    full, empty, full_x = signals
     STAGES: gl.constexpr = sK.shape[0]
+    BUFFERS: gl.constexpr = sX.shape[0]
     left: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     c: gl.constexpr = gl.SliceLayout(0, ACC)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     dtype: gl.constexpr = sK.dtype
     state = gl.convert_layout(S.to(dtype), left)
     for t in range(chunks):
-        stage, buffer = t % STAGES, t % 2
+        stage, buffer = t % STAGES, t % BUFFERS
         mbarrier.wait(full.index(stage), (t // STAGES) & 1)
         ks = warpgroup_mma(state, sK.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         if OUT:
             store_outputs(output + GROUP * 64, o_row, sO, t - 1, length)
         KS, state = warpgroup_mma_wait(0, deps=(ks, state))
-        mbarrier.wait(full_x.index(buffer), (t // 2) & 1)
+        mbarrier.wait(full_x.index(buffer), (t // BUFFERS) & 1)
         V = sV.index(GROUPS * buffer + GROUP).permute((1, 0)).load(ACC).to(gl.float32)
         if not OUT:
             V = gl.where(with_values, V, 0.0)
@@ -218,9 +125,8 @@ def keep(
             for first in gl.static_range(0, 64, AT_ONCE):
                 outputs_of(state, Y, sQ.index(stage), sP.index(buffer), from_q, sO, first, AT_ONCE)
         S, Y = warpgroup_mma_wait(0, deps=(s, Y))
-        mbarrier.arrive(empty.index(stage), count=1)
-        mbarrier.arrive(empty_x.index(buffer), count=1)
         state = gl.convert_layout(S.to(dtype), left)
+        mbarrier.arrive(empty.index(stage), count=1)
         if kept is not None:
             after = before + (t + 1) * 64
             if (after <= before + length) & (after % every == 0):
@@ -258,14 +164,15 @@ def zero_rows(output, begin, end, o_row, GROUPS: gl.constexpr):
 @gluon.jit
 def buffers(DTYPE: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, MAKE: gl.constexpr):
     """Shared memory of chunks on their way: q, k, v for each group, X, P', and the vectors."""
+    BUFFERS: gl.constexpr = STAGES if GROUPS == 1 else 2
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], DTYPE)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPE)
     return (
         gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], tile),
         gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], tile),
-        gl.allocate_shared_memory(DTYPE, [GROUPS * 2, 64, 64], square),
-        gl.allocate_shared_memory(DTYPE, [2, 64, 128], tile),
-        gl.allocate_shared_memory(DTYPE, [2, 64, 64], square),
+        gl.allocate_shared_memory(DTYPE, [GROUPS * BUFFERS, 64, 64], square),
+        gl.allocate_shared_memory(DTYPE, [BUFFERS, 64, 128], tile),
+        gl.allocate_shared_memory(DTYPE, [BUFFERS, 64, 64], square),
         vectors_in_shared(STAGES, LINES if MAKE else VECTORS),
     )
 
@@ -307,18 +214,18 @@ def run(
             (keep_from, (start, GROUPS, gl.constexpr(0), gl.constexpr(32))),
             (keep_from, (start, GROUPS, gl.constexpr(1), gl.constexpr(32))),
             (make, (makes, NORM)),
-            (load, (loads, GROUPS, gl.constexpr(True), MAKE, LOG, NORM)),
+            (pair, (loads, GROUPS, LOG, NORM)),
         ], [4, 4, 4], REGISTERS)  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize([
             (keep_from, (start, GROUPS, gl.constexpr(0), gl.constexpr(64))),
             (keep_from, (start, GROUPS, gl.constexpr(1), gl.constexpr(64))),
-            (load, (loads, GROUPS, gl.constexpr(True), MAKE, LOG, NORM)),
+            (load, (loads, GROUPS, gl.constexpr(True))),
         ], [4, 4], REGISTERS)  # fmt: skip
     else:
         gl.warp_specialize([
             (keep_from, (start, GROUPS, gl.constexpr(0), gl.constexpr(64))),
-            (load, (loads, GROUPS, gl.constexpr(True), MAKE, LOG, NORM)),
+            (load, (loads, GROUPS, gl.constexpr(True))),
         ], [4], REGISTERS)  # fmt: skip
 
 
@@ -368,27 +275,23 @@ def chain(
     output += first * o_row
     chunk = (begin // 64 + sequence + before // 64) * heads + head
     tiles = buffers(q.dtype, GROUPS, STAGES, MAKE)
-    # Arrivals: of vectors, and of tiles where nobody has waited for these; of v, and of X and P'.
-    signals = (
-        barriers(STAGES, 1 if MAKE else 129), barriers(STAGES, GROUPS), barriers(2, 2 if MAKE else 1),
-        barriers(2, GROUPS),
-    )  # fmt: skip
+    # Arrivals: of vectors, and of tiles where nobody has waited for these; of groups; of v, and of X and P'.
+    full, full_x = barriers(STAGES, 1 if MAKE else 129), barriers(tiles[3].shape[0], 2 if MAKE else 1)
+    signals = (full, barriers(STAGES, GROUPS), full_x)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype)
     sO = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], square)
     places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
     chunks = (part + 63) // 64
     rest = ((final, checkpoints, output), places, chunks, part, tiles, sO, signals)
     start = (source, s_line, is_there, rest)
+    columns = (narrow(head // RQ * q_head), narrow(head // RK * k_head), narrow(head // RV * v_head) + own)
+    sources = (q, k, v, columns[0], columns[1], columns[2], narrow(first))
     if MAKE:
-        g += first * g_row + head * g_head
-        beta += first * beta_row + head * beta_head
-        # Not there where nobody uses them: their room would be taken for free.
-        room, free, ready = rooms(q.dtype == gl.float16), barriers(1, 1), barriers(2, 1)
-        made = (g, beta, g_row, beta_row, scale, room, barriers(STAGES, 1), free, ready)
-        makes = (chunks, part, tiles, signals, room, free, ready)
+        gates = (g + first * g_row + head * g_head, beta + first * beta_row + head * beta_head, g_row, beta_row, scale)
+        # Room, and barriers landed, free and ready; not there where nobody uses them: it would be taken for free.
+        between = (rooms(q.dtype == gl.float16), barriers(STAGES, 1), barriers(1, 1), barriers(2, 1))
+        loads, makes = (sources, gates, chunks, part, tiles, signals, between), (chunks, part, tiles, signals, between)
     else:
         made = (x, p, vectors + chunk * VECTORS, narrow(chunk), heads)
-        makes = None
-    columns = (narrow(head // RQ * q_head), narrow(head // RK * k_head), narrow(head // RV * v_head) + own)
-    loads = ((q, k, v), columns, made, narrow(first), chunks, part, tiles, signals)
+        loads, makes = (sources, made, chunks, tiles, signals), None
     run(start, loads, makes, GROUPS, MAKE, NORM, LOG, REGISTERS)

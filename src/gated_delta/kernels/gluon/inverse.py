@@ -1,11 +1,11 @@
 """Inverses of unit triangular matrices of 64, as the chunks of Hopper's prefill need them.
 
-``(I + N)^-1`` with N strictly upper triangular (what it has on and below its diagonal is not looked at): diagonal
-blocks of 16 are inverted by substitution in fp32, a thread a row. What is beside them follows from ``T (I + N) = I``, a
-column of blocks after the other: ``T_j = (I_j - sum over k < j of T_k N_kj) (I + N)_jj^-1``. A warp has 16 rows, so all
-of T that it needs is its own: these are products of warps (mma), from registers, and no warp waits for another. For bf16
-activations they are fp16: every entry is at most 2, and 11 bits cost the error budget 2 %. For fp16 activations they
-have two parts.
+``(I - N)^-1`` with N strictly upper triangular (what it has on and below its diagonal is not looked at). Diagonal
+blocks of 8 are inverted by substitution in fp32, a thread a row, and joined to blocks of 16. What is to their right
+follows from ``T (I - N) = I``, a column of blocks after the other: ``T_j = (I_j + sum over k < j of T_k N_kj) (I -
+N)_jj^-1``. A warp has 16 rows, so all of T that it needs is its own, in registers, and no warp waits for another: these
+are products of warps (mma), not of groups (wgmma). For bf16 activations they are fp16: every entry is at most 2, and 11
+bits cost the error budget 2 %. For fp16 activations they have two parts.
 
 What follows from the places of rows and columns gets ``nothing`` added, a 0 that the compiler does not know inside a
 loop: it would compute it before the loop, keep it in memory for want of registers, and wait for it.
@@ -56,10 +56,10 @@ def room_for(COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAY
 @gluon.jit
 def rooms(FINE: gl.constexpr):
     """For what :func:`put` leaves to :func:`inverse`: N by columns of blocks of 16; its blocks of 8 on the diagonal,
-    transposed; what is beside these.
+    transposed; what is to their right.
     """
-    wide = room_for(4, 64, 16, HALVES, FINE)
-    return wide, room_for(8, 8, 8, EIGHTS, FINE), room_for(8, 8, 8, EIGHTS, FINE)
+    columns = room_for(4, 64, 16, HALVES, FINE)
+    return columns, room_for(8, 8, 8, EIGHTS, FINE), room_for(8, 8, 8, EIGHTS, FINE)
 
 
 @gluon.jit
@@ -91,7 +91,7 @@ def load(room, SHAPE: gl.constexpr, LAYOUT: gl.constexpr, FINE: gl.constexpr):
 
 @gluon.jit
 def add_product(z, x, y, SHAPE: gl.constexpr, ROW: gl.constexpr, FINE: gl.constexpr):
-    """z and the product of fp16 tensor cores, FINE: of two parts each, of x and 16 rows of y, of this shape."""
+    """Sum of z and the product of x and 16 rows of y, of this shape, in fp16, FINE: of two parts each."""
     left: gl.constexpr = gl.DotOperandLayout(0, z.type.layout, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, z.type.layout, 2)
     high, low = x
@@ -118,41 +118,25 @@ def is_upper(LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def own_blocks(N, FIRST: gl.constexpr, nothing):
-    """Blocks of 16 on the diagonal, below each other, as far as they are in these columns of a matrix; others 0."""
-    COUNT: gl.constexpr = N.shape[1] // 16
-    thin = gl.reshape(N, [64, COUNT, 16])
+def put(N, room, nothing, FINE: gl.constexpr):
+    """N into its room."""
+    columns, eights, between = room
+    thin = gl.reshape(N, [64, 4, 16])
+    write(columns, gl.permute(thin, (1, 0, 2)), FINE)
     layout: gl.constexpr = thin.type.layout
-    own = axis_of(64, 0, layout) // 16 + nothing == FIRST // 16 + axis_of(COUNT, 1, layout)
-    return gl.convert_layout(gl.sum(gl.where(own, thin, 0.0), axis=1), SLIM)
-
-
-@gluon.jit
-def put(N, FIRST: gl.constexpr, room, FINE: gl.constexpr):
-    """Columns of N into their place."""
-    COUNT: gl.constexpr = N.shape[1] // 16
-    columns = gl.permute(gl.reshape(N, [64, COUNT, 16]), (1, 0, 2))
-    high, low = halves(columns, FINE)
-    room[0].slice(FIRST // 16, COUNT, dim=0).store(high)
-    if FINE:
-        room[1].slice(FIRST // 16, COUNT, dim=0).store(low)
-
-
-@gluon.jit
-def put_diagonal(blocks, room, FINE: gl.constexpr):
-    """Blocks of 8 on the diagonal, transposed, and what is to their right, from blocks of 16."""
-    _, eights, between = room
+    own = axis_of(64, 0, layout) // 16 + nothing == axis_of(4, 1, layout)
+    blocks = gl.convert_layout(gl.sum(gl.where(own, thin, 0.0), axis=1), SLIM)
     first, second = gl.split(gl.permute(gl.reshape(blocks, [64, 2, 8]), (0, 2, 1)))
-    layout: gl.constexpr = first.type.layout
-    diagonal = gl.where(is_upper(layout), first, second)
+    half: gl.constexpr = first.type.layout
+    diagonal = gl.where(is_upper(half), first, second)
     write(eights, gl.permute(gl.reshape(diagonal, [8, 8, 8]), (0, 2, 1)), FINE)
     write(between, gl.reshape(second, [8, 8, 8]), FINE)
 
 
 @gluon.jit
 def substitute(N, FINE: gl.constexpr):
-    """``(I - N)^-1`` of blocks of 8, ``[block, row, column]``, from the transpose of N: a thread a row, column by column,
-    so that what was found last enters a sum last, and nothing waits for the rest of it.
+    """``(I - N)^-1`` of blocks of 8, ``[block, row, column]``, from the transpose of N: a thread a row, column by
+    column, so that what was found last enters a sum last, and nothing waits for the rest of it.
     """
     cube: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 8, 1], [4, 1, 1], [2, 1, 0])
     column = axis_of(8, 2, cube)
@@ -168,11 +152,10 @@ def substitute(N, FINE: gl.constexpr):
 
 
 @gluon.jit
-def joined(room, FINE: gl.constexpr):
-    """Inverses of blocks of 16 below each other: ``[[I - A, -C], [0, I - D]]^-1`` has ``(I - A)^-1 C (I - D)^-1`` in its
-    corner.
+def joined(eights, between, FINE: gl.constexpr):
+    """Inverses of blocks of 16 below each other: ``[[I - A, -C], [0, I - D]]^-1`` has ``(I - A)^-1 C (I - D)^-1`` in
+    its corner.
     """
-    _, eights, between = room
     inverses = room_for(8, 8, 8, EIGHTS, FINE)
     write(inverses, substitute(eights, FINE), FINE)
     x = load(inverses, [64, 8], SLIM, FINE)
@@ -188,8 +171,9 @@ def joined(room, FINE: gl.constexpr):
 
 @gluon.jit
 def inverse(room, nothing, FINE: gl.constexpr):
-    """``(I - N)^-1`` of N above its diagonal, from what :func:`put` and :func:`put_diagonal` made of it."""
-    D = joined(room, FINE)
+    """``(I - N)^-1`` of N above its diagonal, from what :func:`put` made of it."""
+    N, eights, between = room
+    D = joined(eights, between, FINE)
     inverses = room_for(4, 16, 16, HALVES, FINE)
     write(inverses, gl.reshape(D, [4, 16, 16]), FINE)
     own = gl.arange(0, 64, gl.SliceLayout(1, SLIM))[:, None] // 16 + nothing
@@ -200,9 +184,9 @@ def inverse(room, nothing, FINE: gl.constexpr):
         if j > 0:
             sum = gl.zeros([64, 16], gl.float32, SLIM)
             for k in gl.static_range(j):
-                sum = add_product(sum, known[k], room[0], [256, 16], 64 * j + 16 * k, FINE)
+                sum = add_product(sum, known[k], N, [256, 16], 64 * j + 16 * k, FINE)
             T = add_product(T, halves(sum, FINE), inverses, [64, 16], 16 * j, FINE)
-        columns = columns + (T,)
-        known = known + (halves(T, FINE),)
+        columns = columns + (T,)  # noqa: RUF005 (Triton knows no starred tuples)
+        known = known + (halves(T, FINE),)  # noqa: RUF005
     half: gl.constexpr = layout_of(32)
     return beside(beside(columns[0], columns[1], half), beside(columns[2], columns[3], half), ACC)

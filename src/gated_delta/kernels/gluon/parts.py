@@ -16,9 +16,9 @@ from gated_delta.kernels.gluon.chain import (
     barriers,
     buffers,
     keep,
-    load,
     part_of,
 )
+from gated_delta.kernels.gluon.load import load
 from gated_delta.kernels.gluon.prepare import VECTORS, narrow
 
 
@@ -50,18 +50,15 @@ def summary(
     chunk = (begin // 64 + sequence + before // 64) * heads + head
     maps += ((place.to(gl.int64) * heads + head) * 2 + gl.program_id(2)) * (128 * 128)
     tiles = buffers(k.dtype, 2, STAGES, False)
-    signals = (barriers(STAGES, 129), barriers(STAGES, 2), barriers(2, 1), barriers(2, 2))
+    signals = (barriers(STAGES, 129), barriers(STAGES, 2), barriers(2, 1))
     chunks = (part + 63) // 64
     rest = ((maps, None, None), (chunks > 0, 0, 64, 128, 0, 0, 0), chunks, part, tiles, signals)
-    columns = (0, narrow(head // RK * k_head), narrow(head // RV * v_head))
     made = (x, x, vectors + chunk * VECTORS, narrow(chunk), heads)
-    loads = ((k, k, v), columns, made, narrow(first), chunks, part, tiles, signals)
+    sources = (k, k, v, 0, narrow(head // RK * k_head), narrow(head // RV * v_head), narrow(first))
     gl.warp_specialize([
         (keep_summary, (unit, rest, gl.constexpr(0))),
         (keep_summary, (unit, rest, gl.constexpr(1))),
-        (load, (
-            loads, gl.constexpr(2), gl.constexpr(False), gl.constexpr(False), gl.constexpr(False), gl.constexpr(False),
-        )),
+        (load, ((sources, made, chunks, tiles, signals), gl.constexpr(2), gl.constexpr(False))),
     ], [4, 4], REGISTERS)  # fmt: skip
 
 

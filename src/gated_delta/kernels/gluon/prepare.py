@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gated_delta.kernels.gluon.inverse import ACC, SLIM, inverse, layout_of, own_blocks, put, put_diagonal, rooms
+from gated_delta.kernels.gluon.inverse import ACC, inverse, layout_of, put, rooms
 
 # Vectors of a chunk in memory: what multiplies rows of K S and of Q S, and the decay of the state, 64 times.
 VECTORS = gl.constexpr(4 * 64)
@@ -44,6 +44,12 @@ store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 LINE = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 """64 numbers, all in every warp."""
 PLACE = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
+
+
+@gluon.jit
+def wide(x):
+    """A stride, for products that need 64 bits."""
+    return gl.to_tensor(x).to(gl.int64)
 
 
 @gluon.jit
@@ -145,10 +151,12 @@ def upper(FIRST: gl.constexpr, COUNT: gl.constexpr, nothing):
 
 
 @gluon.jit
-def decayed(PT, vectors, nothing, FIRST: gl.constexpr):
+def decayed(PT, vectors, nothing, FIRST: gl.constexpr, FINE: gl.constexpr):
     """Columns of P'^T from FIRST on, of those without decays and beta."""
     COUNT: gl.constexpr = PT.shape[1]
-    PT = PT * rows_of(vectors, ROWS_OF_P, COUNT) * columns_of(vectors, COLUMNS_OF_P, FIRST, COUNT)
+    PT = PT * rows_of(vectors, ROWS_OF_P, COUNT)
+    if FINE:
+        PT = PT * columns_of(vectors, COLUMNS_OF_P, FIRST, COUNT)
     if gl.max(vectors.slice(STRONG, 1).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0) > 0:
         decays = gl.exp2(columns_of(vectors, HIGH, FIRST, COUNT) - rows_of(vectors, HIGH, COUNT))
         decays = gl.where(upper(FIRST, COUNT, nothing), decays, 0.0)
@@ -190,7 +198,7 @@ def eight(a, b, c, d, e, f, g, h):
 
 
 @gluon.jit
-def store_vectors(gates, scale, vectors, LOG: gl.constexpr, OF_Q_APART: gl.constexpr):
+def store_vectors(gates, scale, vectors, LOG: gl.constexpr, FINE: gl.constexpr):
     """Put into shared memory what a chunk's matrices are multiplied with, and whether its decay is strong."""
     decays, strength = gates
     high, grown, shrunk, whole, rest = running(log2_of(decays, LOG))
@@ -202,10 +210,10 @@ def store_vectors(gates, scale, vectors, LOG: gl.constexpr, OF_Q_APART: gl.const
     vectors.slice(0, 512).store(eight(-start, start * scale, decay, high, grown, shrunk, flag, all))
     up = gl.where(strong, 1.0, gl.exp2(high - middle) * grown)
     down = gl.where(strong, strength, gl.exp2(middle - high) * shrunk * strength)
-    of_q = scale + all
-    if not OF_Q_APART:
-        up, of_q = up * scale, all
-    vectors.slice(512, 512).store(eight(strength, of_q, down, up, left * strength, all, all, all))
+    of_q, of_p = up * scale, all
+    if FINE:  # fp16 has no room for decays
+        of_q, of_p = scale + all, up
+    vectors.slice(512, 512).store(eight(strength, of_q, down, of_p, left * strength, all, all, all))
 
 
 @gluon.jit
@@ -238,54 +246,31 @@ def normalise(sQ, sK, vectors):
 
 
 @gluon.jit
-def pairs(sX, sK, WIDTH: gl.constexpr, FIRST: gl.constexpr):
-    """Products of all rows of k and so many of another tile, under way."""
-    zero = gl.zeros([64, WIDTH], gl.float32, layout_of(WIDTH))
-    rows = sX.slice(FIRST, WIDTH, dim=0).permute((1, 0))
-    return warpgroup_mma(sK, rows, zero, use_acc=False, is_async=True)
+def pairs(sX, sK):
+    """Products of rows of k and of another tile."""
+    zero = gl.zeros([64, 64], gl.float32, ACC)
+    z = warpgroup_mma(sK, sX.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, deps=(z,))
 
 
 @gluon.jit
-def put_keys(KK, FIRST: gl.constexpr, room, vectors, nothing, NORM: gl.constexpr, FINE: gl.constexpr):
-    """Columns of -N, without decays, into their room; gives its blocks on the diagonal."""
-    WIDTH: gl.constexpr = KK.shape[1]
-    N = KK * -columns_of(vectors, OF_K, FIRST, WIDTH)
+def put_keys(sK, room, vectors, nothing, NORM: gl.constexpr):
+    """-N, without decays, into its room."""
+    N = pairs(sK, sK) * -columns_of(vectors, OF_K)
     if NORM:
-        N = N * rows_of(vectors, NORM_K, WIDTH)
-    put(N, FIRST, room[0], FINE)
-    return own_blocks(N, FIRST, nothing)
+        N = N * rows_of(vectors, NORM_K)
+    put(N, room, nothing, sK.dtype == gl.float16)
 
 
 @gluon.jit
-def put_queries(KQ, FIRST: gl.constexpr, sP, vectors, nothing, NORM: gl.constexpr, FINE: gl.constexpr):
-    """Queries of P, without decays."""
-    WIDTH: gl.constexpr = KQ.shape[1]
-    KQ = gl.where(upper(FIRST, WIDTH, nothing), KQ, 0.0)
-    if NORM or FINE:  # before it is rounded to fp16, which it may be too large or too small for
-        KQ = KQ * columns_of(vectors, OF_Q, FIRST, WIDTH)
+def put_queries(sQ, sK, sP, vectors, nothing, NORM: gl.constexpr):
+    """P, without decays, into shared memory, fenced."""
+    FINE: gl.constexpr = sP.dtype == gl.float16
+    KQ = gl.where(upper(0, 64, nothing), pairs(sQ, sK), 0.0)
+    KQ = KQ * columns_of(vectors, OF_Q)  # before it is rounded to fp16, which it may be too large or too small for
     if NORM and FINE:
-        KQ = KQ * rows_of(vectors, NORM_K, WIDTH)
-    sP.slice(FIRST, WIDTH, dim=0).permute((1, 0)).store(KQ.to(sP.dtype))
-
-
-@gluon.jit
-def put_pairs(sQ, sK, sP, room, vectors, turns, nothing, NORM: gl.constexpr):
-    """-N without decays into its room, and P without decays, fenced. There is always a product under way, but while
-    ``turns`` are waited for, with their parities: both rooms are free. It says when N is there.
-    """
-    FINE: gl.constexpr = sK.dtype == gl.float16
-    free, parity, there, free_p, parity_p = turns
-    mbarrier.wait(free, parity)
-    mbarrier.wait(free_p, parity_p)
-    first, second = pairs(sK, sK, 32, 0), pairs(sK, sK, 32, 32)
-    blocks = put_keys(warpgroup_mma_wait(1, deps=(first,)), 0, room, vectors, nothing, NORM, FINE)
-    first = pairs(sQ, sK, 32, 0)
-    blocks += put_keys(warpgroup_mma_wait(1, deps=(second,)), 32, room, vectors, nothing, NORM, FINE)
-    second = pairs(sQ, sK, 32, 32)
-    put_diagonal(blocks, room, FINE)
-    mbarrier.arrive(there, count=1)
-    put_queries(warpgroup_mma_wait(1, deps=(first,)), 0, sP, vectors, nothing, NORM, FINE)
-    put_queries(warpgroup_mma_wait(0, deps=(second,)), 32, sP, vectors, nothing, NORM, FINE)
+        KQ = KQ * rows_of(vectors, NORM_K)
+    sP.permute((1, 0)).store(KQ.to(sP.dtype))
     fence_async_shared()
 
 
@@ -308,7 +293,7 @@ def without_state(sK, sP, sX, room, vectors, signals, parity, nothing, NORM: gl.
     for first in gl.static_range(0, 64, WIDTH):
         tile = sP.slice(first, WIDTH, dim=0).permute((1, 0))
         PT, high, low = warpgroup_mma_wait(0, deps=(product2(high, low, tile), high, low))
-        tile.store(decayed(PT, vectors, nothing, first).to(dtype))
+        tile.store(decayed(PT, vectors, nothing, first, FINE).to(dtype))
     if NORM and FINE:
         high, low = parts(T * columns_of(vectors, NORM_K), dtype)
     for half in gl.static_range(0, 128, 64):
@@ -350,16 +335,15 @@ def prepare(
     g += first * g_row + head * g_head
     beta += first * beta_row + head * beta_head
     gates = gates_of(g, beta, length, g_row, beta_row, LOG)
-    store_vectors(gates, scale, own, LOG, NORM or FINE)
+    store_vectors(gates, scale, own, LOG, FINE)
     mbarrier.wait(landed.index(0), 0)
     if length < 64:
         clear_rows(sK, length)
     if NORM:
         normalise(sQ, sK, own)
-    put_queries(warpgroup_mma_wait(0, deps=(pairs(sQ, sK, 64, 0),)), 0, sP, own, 0, NORM, FINE)
+    put_queries(sQ, sK, sP, own, 0, NORM)
     room = rooms(FINE)  # where q was
-    put_diagonal(put_keys(warpgroup_mma_wait(0, deps=(pairs(sK, sK, 64, 0),)), 0, room, own, 0, NORM, FINE), room, FINE)
-    fence_async_shared()
+    put_keys(sK, room, own, 0, NORM)
     without_state(sK, sP, sK, room, own, None, 0, 0, NORM, 32)
     chunk = place.to(gl.int64) * gl.num_programs(1) + head
     store_tile(x, [narrow(chunk * 64), 0], sK)

@@ -81,6 +81,8 @@ FAULTS: list[tuple[str, str, Inputs]] = [
      'g_space="log")', {"g_space": "linear", "g": lambda x: at(0, 0, value=-2.0)(torch.full_like(x, 0.5))}),
     (PREFILL, 'g is as high as 0.5; it must be at most 0 with g_space="log" (if this is alpha itself, pass '
      'g_space="linear")', {"g": at(7, 3, value=0.5)}),
+    (MTP, "a is as high as 0.5; it must be at most 0 without A_log (log alpha)",
+     {"A_log": None, "dt_bias": None, "a": lambda x: at(0, 0, 0, value=0.5)(-x.abs())}),
     (PREFILL, 'g is as high as nan; it must be at most 0 with g_space="log" (if this is alpha itself, pass '
      'g_space="linear")', {"g": at(2, 2, value=torch.nan)}),
     (PREFILL, "beta is not finite somewhere; it must be finite", {"beta": at(1, 1, value=torch.inf)}),

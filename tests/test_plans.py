@@ -27,7 +27,7 @@ class RecurrentCall(NamedTuple):
     use_qk_l2norm: bool
     allow_neg_eigval: bool
     backend: str
-    update: bool
+    disable_state_update: bool
     null_slot: int | None
     state_v_first: bool
     q: Tensor
@@ -63,7 +63,7 @@ class Launch:
 def call_of(**changes: Any) -> RecurrentCall:
     """A call of two rows over one state each, as the operator makes it."""
     inputs = recurrent_inputs(2, h=1, hv=2, head_k=32, head_v=32)
-    where = ("gated_delta_rule_decode_pretranspose", "state", None, True, False, "auto", True, None, True)
+    where = ("gated_delta_rule_decode_pretranspose", "state", None, True, False, "auto", False, None, True)
     return RecurrentCall(*where, **inputs, output=None)._replace(**changes)
 
 
@@ -189,7 +189,7 @@ def test_another_look_is_judged_anew(name: str, how: str) -> None:
 
 OPTIONS = {
     "where": "gated_delta_rule_mtp", "state_name": "initial_state", "scale": 0.5, "use_qk_l2norm": False,
-    "allow_neg_eigval": True, "backend": "cpu", "update": False, "null_slot": 0, "state_v_first": False,
+    "allow_neg_eigval": True, "backend": "cpu", "disable_state_update": True, "null_slot": 0, "state_v_first": False,
 }  # fmt: skip
 
 

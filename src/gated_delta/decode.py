@@ -71,14 +71,16 @@ def gated_delta_rule_decode_pretranspose(
     Raises:
         ArgumentError: it names the argument, what it is and what it must be; nothing has been written then.
     """
-    states = operators.pool_choice(state, initial_state, initial_state_indices)
+    where, name = "gated_delta_rule_decode_pretranspose", "state" if initial_state is None else "both"
+    states, name = (initial_state, "initial_state") if state is None else (state, name)
     options, given = (
-        ("gated_delta_rule_decode_pretranspose", "initial_state" if state is None else "state", scale, use_qk_l2norm,
-         allow_neg_eigval, backend, disable_state_update, null_slot, True),
+        (where, name, scale, use_qk_l2norm, allow_neg_eigval, backend, disable_state_update, null_slot, True),
         (q, k, v, states, A_log, a, dt_bias, b, output, initial_state_indices, output_state_indices, None,
          intermediate_states_buffer),
     )  # fmt: skip
-    return plans.run("recurrent", options, given, _recurrent), states
+    result = plans.run("recurrent", options, given, _recurrent)
+    assert states is not None
+    return result, states
 
 
 def gated_delta_rule_mtp(

@@ -28,7 +28,7 @@ FAMILIES = {"qwen3_next": "Qwen3Next", "qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwe
 _STEPPING = {"qwen3_next": "interleaved", "qwen3_5": "flat", "qwen3_5_moe": "flat"}
 """Families whose decode steps are one operator, and how :class:`GatedDeltaNetConfig` names their projections."""
 
-_ARGUMENTS = Arguments("gated_delta.interop.transformers")
+_ARGUMENTS, _config = Arguments("gated_delta.interop.transformers"), cache(GatedDeltaNetConfig)
 _stock: list[tuple[Any, str, Callable[..., Any]]] = []
 """(owner, name, value) of everything that was replaced."""
 
@@ -97,7 +97,10 @@ def _stepping(stock: Callable[..., Tensor], projection: str) -> Callable[..., Te
                 window, state = kept.conv_states[0], kept.recurrent_states[0]
         if state is None or window is None or state.stride(-1) == 1:
             return stock(self, hidden_states, cache_params, attention_mask, **rest)
-        c = _config(self.hidden_size, self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim, projection)
+        c = _config(
+            hidden_size=self.hidden_size, num_k_heads=self.num_k_heads, num_v_heads=self.num_v_heads,
+            head_k_dim=self.head_k_dim, head_v_dim=self.head_v_dim, projection=projection,
+        )  # fmt: skip
         x, norm = hidden_states[:, 0], self.norm
         p = Projected(c, tuple([getattr(self, name)(x) for name in projection_sizes(c)]))
         output = gated_delta.gated_delta_net_step(
@@ -109,16 +112,6 @@ def _stepping(stock: Callable[..., Tensor], projection: str) -> Callable[..., Te
         return self.out_proj(output.view(len(x), 1, -1))
 
     return forward
-
-
-@cache
-def _config(
-    hidden: int, key_heads: int, value_heads: int, key: int, value: int, projection: str
-) -> GatedDeltaNetConfig:
-    return GatedDeltaNetConfig(
-        hidden_size=hidden, num_k_heads=key_heads, num_v_heads=value_heads, head_k_dim=key, head_v_dim=value,
-        projection=projection,
-    )  # fmt: skip
 
 
 def _chunk(

@@ -44,9 +44,8 @@ def prefill(call: Prefill, max_seqlen: int | None) -> None:
         if not call.log_gates and not (low >= 0 and high <= 1):
             must = 'in [0, 1] with g_space="linear" (if these are logarithms, pass g_space="log")'
             raise DataError(where, "g", f"between {low:g} and {high:g}", must)
-        if call.log_gates and not high <= 0:
-            must = 'at most 0 with g_space="log" (if this is alpha itself, pass g_space="linear")'
-            raise DataError(where, "g", f"as high as {high:g}", must)
+        if call.log_gates:
+            _logarithms(where, "g", high, 'with g_space="log" (if this is alpha itself, pass g_space="linear")')
     if call.beta is not None and not bool(call.beta[:last].isfinite().all()):
         raise DataError(where, "beta", "not finite somewhere", "finite")
     slots(where, "state_indices", call.state_indices, call.source, call.null_slot)
@@ -61,12 +60,19 @@ def prefill(call: Prefill, max_seqlen: int | None) -> None:
             raise DataError(where, f"checkpoint_cu_starts[{i}:{i + 2}]", f"{first} to {behind}", must)
 
 
+def _logarithms(where: str, name: str, high: float, because: str) -> None:
+    if not high <= 0:
+        raise DataError(where, name, f"as high as {high:g}", f"at most 0 {because}")
+
+
 def recurrent(where: str, call: Recurrent) -> None:
     """Decode and several tokens. Rows of padding write nothing, whatever their other indices say."""
+    live = slice(None) if call.read_slots is None else is_live(call.read_slots, call.null_slot)
+    if call.A_log is None and call.a[live].numel():
+        _logarithms(where, "a", float(call.a[live].max()), "without A_log (log alpha)")
     if call.read_slots is None:
         return
     slots(where, "initial_state_indices", call.read_slots, call.state, call.null_slot)
-    live = is_live(call.read_slots, call.null_slot)
     named = {"output_state_indices": call.write_slots, "ssm_state_indices": call.token_slots}
     if call.update_state and call.write_slots is None:
         named["initial_state_indices"] = call.read_slots

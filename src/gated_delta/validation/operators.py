@@ -64,7 +64,12 @@ def recurrent(where: str, call: Recurrent, *, state_name: str = "state", single:
     """Decode in both layouts (``single``: one token only) and several tokens."""
     pooled, matrix = call.read_slots is not None, "V K" if call.state_v_first else "K V"
     args = Arguments(where, STEPS="1" if single else "T", ROWS="P" if pooled else "B", MATRIX=matrix)
-    if state_name == "initial_state":
+    args.excluded("initial_state", state_name == "both", "state is given, and they exclude each other")
+    if state_name == "state":
+        args.excluded("initial_state_indices", pooled, "they index initial_state, and state is given")
+    else:
+        given = call.state is not None or where == "gated_delta_rule_mtp"
+        args.needed("state", given, "or the pool initial_state with initial_state_indices")
         args.needed("initial_state_indices", pooled, "initial_state is a pool")
     _qkv(args, call)
     if not single:
@@ -93,23 +98,6 @@ def recurrent(where: str, call: Recurrent, *, state_name: str = "state", single:
         if not call.update_state:
             raise OptionError(where, "disable_state_update", True, "False with ssm_state_indices, which write states")
     return args
-
-
-def pool_choice(state: Tensor | None, initial_state: Tensor | None, read_slots: Tensor | None) -> Tensor:
-    """The states of ``gated_delta_rule_decode_pretranspose``: one a row, or a pool with indices."""
-    if state is None and initial_state is not None and read_slots is not None:
-        return initial_state
-    if state is not None and initial_state is None and read_slots is None:
-        return state
-    args = Arguments("gated_delta_rule_decode_pretranspose")
-    if state is not None:
-        args.excluded("initial_state", initial_state is not None, "state is given, and they exclude each other")
-        args.excluded("initial_state_indices", read_slots is not None, "they index initial_state, and state is given")
-        return state
-    args.needed("state", initial_state is not None, "or the pool initial_state with initial_state_indices")
-    args.needed("initial_state_indices", read_slots is not None, "initial_state is a pool")
-    assert initial_state is not None
-    return initial_state
 
 
 def conv(call: CausalConv1d | CausalConv1dUpdate, activation: str | None) -> Arguments:

@@ -130,7 +130,7 @@ def put(N, room, nothing, FINE: gl.constexpr):
     half: gl.constexpr = first.type.layout
     diagonal = gl.where(is_upper(half), first, second)
     write(eights, gl.permute(gl.reshape(diagonal, [8, 8, 8]), (0, 2, 1)), FINE)
-    write(between, gl.reshape(second, [8, 8, 8]), FINE)
+    write(between, gl.reshape(gl.where(is_upper(half), second, 0.0), [8, 8, 8]), FINE)
 
 
 @gluon.jit
@@ -163,7 +163,7 @@ def joined(eights, between, FINE: gl.constexpr):
     A, D = gl.where(upper, x, 0.0), gl.where(upper, 0.0, x)
     left = gl.reshape(beside(A, D, SLIM), [4, 16, 16])
     y = add_product(zero, halves(left, FINE), between, [4, 16, 8], 0, FINE)
-    y = gl.where(upper, gl.convert_layout(gl.reshape(y, [64, 8]), SLIM), 0.0)
+    y = gl.convert_layout(gl.reshape(y, [64, 8]), SLIM)
     left = gl.reshape(beside(gl.zeros([64, 8], gl.float32, SLIM), y, SLIM), [4, 16, 16])
     y = add_product(zero, halves(left, FINE), inverses, [4, 16, 8], 0, FINE)
     return beside(A, D + gl.convert_layout(gl.reshape(y, [64, 8]), SLIM), SLIM)

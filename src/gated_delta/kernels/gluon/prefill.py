@@ -28,8 +28,8 @@ STAGES, SHORT_REGISTERS = 3, 128
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
 PREPARE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.2, 1.0, 1.72, 3.55, 1.4
-"""What a chunk takes: of a processor to be prepared; where one group has a processor, where two have, and where two more
-prepare it; of a summary. From measurements on an H200 (docs/prefill.md), as what follows.
+"""What a chunk takes: of a processor to be prepared; where one group has a processor, where two have, and where two
+more prepare it; of a summary. From measurements on an H200 (docs/prefill.md), as what follows.
 """
 START_US, START_MAKE_US, PART_US, SPLIT_US = 6.5, 8.0, 3.0, 4.0
 """What a program takes before and after its chunks; a part on the way through a sequence; and two launches more."""

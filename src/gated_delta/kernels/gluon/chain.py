@@ -20,19 +20,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from gated_delta.kernels.gluon.inverse import ACC, layout_of, rooms
-from gated_delta.kernels.gluon.load import load, make, pair
-from gated_delta.kernels.gluon.prepare import (
-    DECAY,
-    FROM_K,
-    FROM_Q,
-    LINES,
-    VECTORS,
-    narrow,
-    sequence_of,
-    slot_of,
-    vectors_in_shared,
-    wide,
-)
+from gated_delta.kernels.gluon.jobs import job_of
+from gated_delta.kernels.gluon.load import load_all, make, pair
+from gated_delta.kernels.gluon.prepare import DECAY, FROM_K, FROM_Q, LINES, VECTORS, vectors_in_shared, wide
 
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 
@@ -88,10 +78,12 @@ def store_outputs(output, o_row, sO, chunk, length):
 
 @gluon.jit
 def keep(
-    S, states, places, chunks, length, with_values, tiles, sO, signals,
+    S, states, places, done, chunks, length, with_values, tiles, sO, signals,
     GROUPS: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
-    """64 values of the state through all chunks, outputs of AT_ONCE tokens at once, as there are registers for."""
+    """64 values of the state through all chunks of a job, before which so many were done; outputs of AT_ONCE tokens at
+    once, as there are registers for.
+    """
     final, kept, output = states
     is_last, before, every, f_line, c_row, c_line, o_row = places
     sQ, sK, sV, sX, sP, factors = tiles
@@ -104,13 +96,14 @@ def keep(
     dtype: gl.constexpr = sK.dtype
     state = gl.convert_layout(S.to(dtype), left)
     for t in range(chunks):
-        stage, buffer = t % STAGES, t % BUFFERS
-        mbarrier.wait(full.index(stage), (t // STAGES) & 1)
+        n = done + t
+        stage, buffer = n % STAGES, n % BUFFERS
+        mbarrier.wait(full.index(stage), (n // STAGES) & 1)
         ks = warpgroup_mma(state, sK.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         if OUT:
-            store_outputs(output + GROUP * 64, o_row, sO, t - 1, length)
+            store_outputs(output, o_row, sO, t - 1, length)
         KS, state = warpgroup_mma_wait(0, deps=(ks, state))
-        mbarrier.wait(full_x.index(buffer), (t // BUFFERS) & 1)
+        mbarrier.wait(full_x.index(buffer), (n // BUFFERS) & 1)
         V = sV.index(GROUPS * buffer + GROUP).permute((1, 0)).load(ACC).to(gl.float32)
         if not OUT:
             V = gl.where(with_values, V, 0.0)
@@ -131,34 +124,60 @@ def keep(
             after = before + (t + 1) * 64
             if (after <= before + length) & (after % every == 0):
                 row = (after // every - 1).to(gl.int64)
-                store_state(kept + (row * c_row + GROUP * 64 * wide(c_line)), c_line, S)
+                store_state(kept + row * c_row, c_line, S)
     if OUT:
-        store_outputs(output + GROUP * 64, o_row, sO, chunks - 1, length)
+        store_outputs(output, o_row, sO, chunks - 1, length)
     if final is not None:
         if is_last:
-            store_state(final + GROUP * 64 * wide(f_line), f_line, S)
+            store_state(final, f_line, S)
 
 
 @gluon.jit
-def keep_from(start, GROUPS: gl.constexpr, GROUP: gl.constexpr, AT_ONCE: gl.constexpr):
-    """:func:`keep` from a state in memory, with outputs."""
-    source, s_line, is_there, rest = start
-    states, places, chunks, length, tiles, sO, signals = rest
-    if source is not None:
-        source += GROUP * 64 * wide(s_line)
-    S = first_state(source, s_line, is_there)
-    keep(S, states, places, chunks, length, True, tiles, sO.index(GROUP), signals, GROUPS, True, GROUP, AT_ONCE)
-
-
-@gluon.jit
-def zero_rows(output, begin, end, o_row, GROUPS: gl.constexpr):
-    """Zeros for these rows of a program's values of the output."""
+def zero_rows(output, count, o_row):
+    """Zeros for 64 values of so many rows of the output."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    n, d = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 64 * GROUPS, gl.SliceLayout(0, layout))[None, :]
-    zeros = gl.zeros([64, 64 * GROUPS], output.dtype.element_ty, layout)
-    for at in range(begin, end, 64):
+    n, d = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]
+    zeros = gl.zeros([64, 64], output.dtype.element_ty, layout)
+    for at in range(0, count, 64):
         row = (at + n)[:, None]
-        gl.store(output + row * o_row + d, zeros, mask=row < end)
+        gl.store(output + row.to(gl.int64) * o_row + d, zeros, mask=row < count)
+
+
+@gluon.jit
+def keep_all(
+    jobs, states, tiles, sO, signals, GROUPS: gl.constexpr, GROUP: gl.constexpr, AT_ONCE: gl.constexpr,
+    PARTS: gl.constexpr, ZERO_PADDING: gl.constexpr,
+):  # fmt: skip
+    """:func:`keep` for all jobs, from states in memory, with outputs; zeros for padding, if wanted."""
+    source, s_place, s_slot, s_head, s_line, has_state, has_stride, final, f_slot, f_head, f_line, states = states
+    checkpoints, starts, starts_stride, c_row, c_head, c_line, every, output, o_row, o_head = states
+    done = gl.to_tensor(0)
+    for job in range(jobs[0], jobs[1], jobs[2]):
+        head, values, place, sequence, slot, begin, length, before, part = job_of(jobs, job, GROUPS, PARTS)
+        values += GROUP * 64
+        rows = output + ((begin + before) * o_row + head * o_head + values)
+        if slot < 0:
+            if ZERO_PADDING:
+                zero_rows(rows, part, o_row)
+        elif (part > 0) | (before == 0):
+            own, own_final, kept, is_there = source, final, checkpoints, slot >= 0
+            if source is not None:
+                own += place * s_place + slot * s_slot + head * s_head + values * wide(s_line)
+            if has_state is not None:
+                is_there = gl.load(has_state + sequence * has_stride) != 0
+            if final is not None:
+                own_final += slot * f_slot + head * f_head + values * wide(f_line)
+            if checkpoints is not None:
+                row = gl.load(starts + sequence * starts_stride).to(gl.int64)
+                kept += row * c_row + head * c_head + values * wide(c_line)
+            S, chunks = first_state(own, s_line, is_there), (part + 63) // 64
+            places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
+            own_tiles = (own_final, kept, rows)
+            keep(
+                S, own_tiles, places, done, chunks, part, True, tiles, sO.index(GROUP), signals, GROUPS, True, GROUP,
+                AT_ONCE,
+            )  # fmt: skip
+            done += chunks
 
 
 @gluon.jit
@@ -186,112 +205,71 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS: gl.constexpr):
-    """What this place stands for, a sequence or with PARTS ``size`` tokens of one: sequence, its slot (negative for
-    padding), its first token, its length, the tokens of it that come before this part, and those of the part.
-    """
-    sequence, before = place, gl.to_tensor(0)
-    if PARTS:
-        sequence = sequence_of(cu_seqlens, cu_stride, N, place, size)
-    begin = gl.load(cu_seqlens + sequence * cu_stride).to(gl.int64)
-    length = (gl.load(cu_seqlens + (sequence + 1) * cu_stride).to(gl.int64) - begin).to(gl.int32)
-    part = length
-    if PARTS:
-        before = (place - (begin // size + sequence)).to(gl.int32) * size
-        part = gl.minimum(length - before, size)
-    slot = slot_of(slots, slot_stride, sequence, null_slot)
-    return sequence.to(gl.int64), slot, begin, length, before, part
-
-
-@gluon.jit
 def run(
-    start, loads, makes, GROUPS: gl.constexpr, MAKE: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr,
+    jobs, states, sO, sources, made, tiles, signals, between, GROUPS: gl.constexpr, PARTS: gl.constexpr,
+    MAKE: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, ZERO_PADDING: gl.constexpr, RATIOS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The groups of a program, side by side."""
+    first, second = gl.constexpr(0), gl.constexpr(1)
     if MAKE:  # a group has registers for the outputs of 32 tokens at once
         gl.warp_specialize([
-            (keep_from, (start, GROUPS, gl.constexpr(0), gl.constexpr(32))),
-            (keep_from, (start, GROUPS, gl.constexpr(1), gl.constexpr(32))),
-            (make, (makes, NORM)),
-            (pair, (loads, GROUPS, LOG, NORM)),
+            (keep_all, (jobs, states, tiles, sO, signals, GROUPS, first, gl.constexpr(32), PARTS, ZERO_PADDING)),
+            (keep_all, (jobs, states, tiles, sO, signals, GROUPS, second, gl.constexpr(32), PARTS, ZERO_PADDING)),
+            (make, (jobs, tiles, signals, between, GROUPS, NORM)),
+            (pair, (jobs, sources, made, tiles, signals, between, GROUPS, LOG, NORM, RATIOS)),
         ], [4, 4, 4], REGISTERS)  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize([
-            (keep_from, (start, GROUPS, gl.constexpr(0), gl.constexpr(64))),
-            (keep_from, (start, GROUPS, gl.constexpr(1), gl.constexpr(64))),
-            (load, (loads, GROUPS, gl.constexpr(True))),
+            (keep_all, (jobs, states, tiles, sO, signals, GROUPS, first, gl.constexpr(64), PARTS, ZERO_PADDING)),
+            (keep_all, (jobs, states, tiles, sO, signals, GROUPS, second, gl.constexpr(64), PARTS, ZERO_PADDING)),
+            (load_all, (jobs, sources, made, tiles, signals, GROUPS, PARTS, RATIOS)),
         ], [4, 4], REGISTERS)  # fmt: skip
     else:
         gl.warp_specialize([
-            (keep_from, (start, GROUPS, gl.constexpr(0), gl.constexpr(64))),
-            (load, (loads, GROUPS, gl.constexpr(True))),
+            (keep_all, (jobs, states, tiles, sO, signals, GROUPS, first, gl.constexpr(64), PARTS, ZERO_PADDING)),
+            (load_all, (jobs, sources, made, tiles, signals, GROUPS, PARTS, RATIOS)),
         ], [4], REGISTERS)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["null_slot", "L", "N", "size"])
+@gluon.jit(do_not_specialize=["null_slot", "L", "N", "size", "halves", "places"])
 def chain(
     q, k, v, x, p, vectors, g, beta, cu_seqlens, slots, source, has_state, final, checkpoints,
-    checkpoint_starts, output, scale, null_slot, L, N, size, every,
+    checkpoint_starts, output, scale, null_slot, L, N, size, halves, places, every,
     q_head, k_head, v_head, g_row, g_head, beta_row, beta_head, o_row, o_head, cu_stride,
     slot_stride, has_stride, starts_stride, s_slot, s_head, s_line, f_slot, f_head, f_line, c_row, c_head, c_line,
     RQ: gl.constexpr, RK: gl.constexpr, RV: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr, MAKE: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, ZERO_PADDING: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """A head of a sequence, or with PARTS of ``size`` tokens of one, from a state that is at its place in ``source``.
-    The last programs write zeros behind the last sequence, if wanted.
+    """The states of so many places, sequences or with PARTS ``size`` tokens of one, in programs that take ``halves`` of
+    64 or of 128 values of each. With PARTS a state is at its place in ``source``.
     """
-    half, place = gl.program_id(0) * GROUPS, gl.program_id(1)
-    heads, head, own = gl.num_programs(0) * GROUPS // 2, (half // 2).to(gl.int64), half % 2 * 64
-    output += head * o_head + own
-    if ZERO_PADDING:
-        if place == gl.num_programs(1) - 1:
-            behind = gl.load(cu_seqlens + N * cu_stride).to(gl.int64)
-            zero_rows(output, behind, gl.to_tensor(L).to(gl.int64), o_row, GROUPS)
-            return
-    sequence, slot, begin, length, before, part = part_of(
-        cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS
-    )
-    first = begin + before
-    if slot < 0:
-        if ZERO_PADDING:
-            zero_rows(output, first, first + part, o_row, GROUPS)
-        return
-    if (part <= 0) & (before > 0):
-        return
-    is_there = slot >= 0
-    if PARTS:
-        source += place.to(gl.int64) * s_slot + head * s_head + own * wide(s_line)
-    elif source is not None:
-        source += slot * s_slot + head * s_head + own * wide(s_line)
-    if has_state is not None:
-        is_there = gl.load(has_state + sequence * has_stride) != 0
-    if final is not None:
-        final += slot * f_slot + head * f_head + own * wide(f_line)
-    if checkpoints is not None:
-        row = gl.load(checkpoint_starts + sequence * starts_stride).to(gl.int64)
-        checkpoints += row * c_row + head * c_head + own * wide(c_line)
-    output += first * o_row
-    chunk = (begin // 64 + sequence + before // 64) * heads + head
+    count = halves * (places + 1 if ZERO_PADDING else places)
+    where = (halves, places, L, N, cu_seqlens, cu_stride, slots, slot_stride, null_slot, size)
+    jobs = (gl.program_id(0), count, gl.num_programs(0), where)
     tiles = buffers(q.dtype, GROUPS, STAGES, MAKE)
     # Arrivals: of vectors, and of tiles where nobody has waited for these; of groups; of v, and of X and P'.
     full, full_x = barriers(STAGES, 1 if MAKE else 129), barriers(tiles[3].shape[0], 2 if MAKE else 1)
     signals = (full, barriers(STAGES, GROUPS), full_x)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype)
     sO = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], square)
-    places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
-    chunks = (part + 63) // 64
-    rest = ((final, checkpoints, output), places, chunks, part, tiles, sO, signals)
-    start = (source, s_line, is_there, rest)
-    columns = (narrow(head // RQ * q_head), narrow(head // RK * k_head), narrow(head // RV * v_head) + own)
-    sources = (q, k, v, columns[0], columns[1], columns[2], narrow(first))
+    s_place = 0
+    if PARTS:
+        s_place, s_slot = s_slot, 0
+    states = (
+        source, s_place, s_slot, s_head, s_line, has_state, has_stride, final, f_slot, f_head, f_line,
+        (checkpoints, checkpoint_starts, starts_stride, c_row, c_head, c_line, every, output, o_row, o_head),
+    )  # fmt: skip
+    sources = (q, k, v, q_head, k_head, v_head)
+    between = None
     if MAKE:
-        gates = (g + first * g_row + head * g_head, beta + first * beta_row + head * beta_head, g_row, beta_row, scale)
+        made = (g, beta, g_row, g_head, beta_row, beta_head, scale)
         # Room, and barriers landed, free and ready; not there where nobody uses them: it would be taken for free.
         between = (rooms(q.dtype == gl.float16), barriers(STAGES, 1), barriers(1, 1), barriers(2, 1))
-        loads, makes = (sources, gates, chunks, part, tiles, signals, between), (chunks, part, tiles, signals, between)
     else:
-        made = (x, p, vectors + chunk * VECTORS, narrow(chunk), heads)
-        loads, makes = (sources, made, chunks, tiles, signals), None
-    run(start, loads, makes, GROUPS, MAKE, NORM, LOG, REGISTERS)
+        made = (x, p, vectors, halves * GROUPS // 2)
+    run(
+        jobs, states, sO, sources, made, tiles, signals, between, GROUPS, PARTS, MAKE, NORM, LOG, ZERO_PADDING,
+        (RQ, RK, RV), REGISTERS,
+    )  # fmt: skip

@@ -30,6 +30,8 @@ CUBE = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 
 HALVES = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
 EIGHTS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [2, 1, 0]))
 """Of ``[matrix, row, column]`` with 16 and with 8 columns of 16 bits: 8 rows' 16 bytes come from all banks."""
+LINES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [2, 0, 1]))
+"""The same, and one row of 8 matrices."""
 
 
 @gluon.jit
@@ -59,7 +61,7 @@ def rooms(FINE: gl.constexpr):
     transposed; what is to their right.
     """
     columns = room_for(4, 64, 16, HALVES, FINE)
-    return columns, room_for(8, 8, 8, EIGHTS, FINE), room_for(8, 8, 8, EIGHTS, FINE)
+    return columns, room_for(8, 8, 8, LINES, FINE), room_for(8, 8, 8, EIGHTS, FINE)
 
 
 @gluon.jit

@@ -153,11 +153,12 @@ def bound_prefill(call: Prefill) -> Start:
             places += total // part
             source, has_initial_state = _states_before(call, launches, x, vectors, part, places), None
         x, p = tiles(x), tiles(p)
+    halves = heads * 2 // groups
     args = (
         rows(q), rows(k), rows(v, 64), x, p, vectors, g, beta, cu_seqlens, call.state_indices, source,
         has_initial_state, call.final_state, call.checkpoints, call.checkpoint_starts, output, call.scale,
-        call.null_slot, total, count, part, call.checkpoint_every, q.stride(1), k.stride(1), v.stride(1),
-        *strides(g, 0, 1), *strides(beta, 0, 1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
+        call.null_slot, total, count, part, halves, places, call.checkpoint_every, q.stride(1), k.stride(1),
+        v.stride(1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
         *strides(call.state_indices, 0), *strides(has_initial_state, 0), *strides(call.checkpoint_starts, 0),
         *strides(source, 0, 1, 2), *strides(call.final_state, 0, 1, 2), *strides(call.checkpoints, 0, 1, 2),
     )  # fmt: skip
@@ -166,8 +167,8 @@ def bound_prefill(call: Prefill) -> Start:
         "STAGES": stages, "PARTS": part > 0, "MAKE": make, "NORM": make and call.use_qk_l2norm,
         "LOG": make and call.log_gates, "ZERO_PADDING": call.zero_padding, "REGISTERS": REGISTERS[groups + make],
     }  # fmt: skip
-    # The last programs are for the tokens behind the last sequence.
-    grid = (heads * 2 // groups, places + call.zero_padding)
+    jobs = halves * (places + call.zero_padding)
+    grid = (jobs if stages == 1 else min(jobs, _processors(q.device)),)
     options = {"registers": SHORT_REGISTERS} if stages == 1 else {}
     launches.add(chain, grid, args, constants, warps=4, **options)
     return launches.bound()

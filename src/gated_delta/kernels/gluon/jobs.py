@@ -6,7 +6,7 @@ the other, so that the chunks of the next one are prepared while the last of thi
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from gated_delta.kernels.gluon.prepare import narrow, sequence_of, slot_of
+from gated_delta.kernels.gluon.prepare import narrow, sequence_of, slot_of, wide
 
 
 @gluon.jit
@@ -35,14 +35,15 @@ def job_of(jobs, job, GROUPS: gl.constexpr, PARTS: gl.constexpr):
     halves, places, L, N, cu_seqlens, cu_stride, slots, slot_stride, null_slot, size = jobs[3]
     job = gl.to_tensor(job)
     half, place = job % halves * GROUPS, job // halves
-    begin = gl.load(cu_seqlens + N * cu_stride).to(gl.int64)
-    length = (L - begin).to(gl.int32)
-    sequence, slot = gl.to_tensor(0).to(gl.int64), gl.to_tensor(-1).to(gl.int64)
-    before, part = gl.to_tensor(0), length
     if place < places:
         sequence, slot, begin, length, before, part = part_of(
             cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS
         )
+    else:
+        sequence, slot, before = wide(0), wide(-1), gl.to_tensor(0)
+        begin = gl.load(cu_seqlens + N * cu_stride).to(gl.int64)
+        length = (L - begin).to(gl.int32)
+        part = length
     return (half // 2).to(gl.int64), half % 2 * 64, place.to(gl.int64), sequence, slot, begin, length, before, part
 
 

@@ -83,13 +83,13 @@ def prefill(sequences: int, *, dtype: torch.dtype = BF16, head_k: int = 128, hea
 
 
 def hopper(
-    groups: int, part: int = 0, stages: int = 3, *, dtype: torch.dtype = BF16, norm: bool = True, log: bool = True,
+    groups: int, part: int = 0, *, dtype: torch.dtype = BF16, norm: bool = True, log: bool = True,
     checkpoints: bool = True,
 ) -> None:  # fmt: skip
     """The same by the kernels for Hopper, and by their other plans: so many groups (the third prepares), parts of so
-    many tokens, room for so many chunks.
+    many tokens.
     """
-    HOPPERS.plan = lambda *_: HOPPERS.Plan(min(groups, 2), part, groups == 3, stages)
+    HOPPERS.plan = lambda *_: HOPPERS.Plan(min(groups, 2), part, groups == 3)
     q, v, gate = empty(8192, 16, 128, dtype=dtype), empty(8192, 32, 128, dtype=dtype), empty(8192, 32, dtype=FP32)
     starts, slots = empty(9, dtype=INT), empty(8, dtype=INT)
     pool = empty(64, 32, 128, 128, dtype=FP32)
@@ -194,8 +194,6 @@ HOPPER: dict[str, Callable[[], None]] = {
     "one group": lambda: hopper(1),
     "one group, plain": lambda: hopper(1, norm=False, log=False, checkpoints=False),
     "one group, fp16": lambda: hopper(1, dtype=FP16),
-    "one chunk": lambda: hopper(1, stages=1),
-    "one chunk, fp16": lambda: hopper(1, stages=1, dtype=FP16),
     "make": lambda: hopper(3),
     "make, plain": lambda: hopper(3, norm=False, log=False, checkpoints=False),
     "make, fp16": lambda: hopper(3, dtype=FP16),

@@ -29,6 +29,7 @@ def in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, host)
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "bind", gluon_emulator.bind)
+        monkeypatch.setattr(host, "_processors", lambda _: 3)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -127,8 +128,9 @@ def test_lengths(length: int) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_few_stages(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is meant for sequences of one chunk, and right for any; chunks that are prepared on the way need two."""
-    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(min(groups, 2), make=groups == 3, stages=1 + groups // 3))
+    """As fp16 has in programs that prepare."""
+    monkeypatch.setattr(host, "STAGES", 2)
+    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(min(groups, 2), make=groups == 3))
     inputs = unit(small([64, 1, 0, 200, 63], gates="weak", hv=2), 3.0)
     assert_right(inputs, *run(inputs))
 
@@ -136,17 +138,17 @@ def test_few_stages(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("total", "count", "heads", "whole", "expected"),
     [
-        (32768, 8, 32, False, (True, False, 3)),  # states fill the processors
-        (32768, 1, 8, False, (False, True, 3)),  # here they do not
-        (32768, 1, 8, True, (False, False, 3)),
-        (64, 1, 32, False, (False, False, 1)),
-        (4096, 128, 32, True, (False, False, 1)),
+        (32768, 8, 32, False, (True, False)),  # states fill the processors
+        (32768, 1, 8, False, (False, True)),  # here they do not
+        (32768, 1, 8, True, (False, False)),
+        (64, 1, 32, False, (True, False)),  # one launch is soonest done
+        (16384, 256, 32, True, (True, False)),
     ],
 )
-def test_plan(total: int, count: int, heads: int, whole: bool, expected: tuple[bool, bool, int]) -> None:
-    """Whether programs prepare, whether there are parts, and for how many chunks there is room."""
-    _, part, make, stages = host.plan(total, count, heads, 132, whole)
-    assert (make, part > 0, stages) == expected
+def test_plan(total: int, count: int, heads: int, whole: bool, expected: tuple[bool, bool]) -> None:
+    """Whether programs prepare, and whether there are parts."""
+    _, part, make = host.plan(total, count, heads, 132, whole)
+    assert (make, part > 0) == expected
 
 
 @with_either
@@ -340,9 +342,22 @@ def test_groups_change_no_bit(dtype: torch.dtype, part: int, norm: bool, monkeyp
     inputs = forgetful(small([200, 0, 65], hv=2, gates="weak", dtype=dtype))
     inputs = unit(inputs, 3.0) if norm else inputs
     found = []
-    for plan in (host.Plan(1, part), host.Plan(2, part), host.Plan(1, part, stages=1), host.Plan(2, 0, True)):
+    for plan in (host.Plan(1, part), host.Plan(2, part), host.Plan(2, 0, True)):
         monkeypatch.setattr(host, "plan", lambda *_, plan=plan: plan)
         found += [run(inputs)] if part == 0 or not plan.make else []
+    for other in found[1:]:
+        assert all(same_bits(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@with_either
+def test_programs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has all jobs, among them an empty sequence, or each has one."""
+    inputs = small([70, 0, 130, 5, 64], hv=2, gates="weak")
+    found = []
+    for processors in (132, 1, 3):
+        monkeypatch.setattr(host, "_processors", lambda _, processors=processors: processors)
+        found.append(run(inputs))
+    assert_right(inputs, *found[0])
     for other in found[1:]:
         assert all(same_bits(x, y) for x, y in zip(found[0], other, strict=True))
 

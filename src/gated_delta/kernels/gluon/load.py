@@ -35,9 +35,9 @@ copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 
 
 @gluon.jit
-def await_room(empty, t, STAGES: gl.constexpr):
-    """For k and q of chunk t: the one STAGES before it is done."""
-    mbarrier.wait(empty.index(t % STAGES), ((t // STAGES) & 1) ^ 1)
+def await_room(empty, n, STAGES: gl.constexpr):
+    """For k and q of a program's chunk n: the one STAGES before it is done."""
+    mbarrier.wait(empty.index(n % STAGES), ((n // STAGES) & 1) ^ 1)
 
 
 @gluon.jit
@@ -94,9 +94,7 @@ def load(what, GROUPS: gl.constexpr, OUT: gl.constexpr):
 
 
 @gluon.jit
-def load_all(
-    jobs, given, made, tiles, signals, GROUPS: gl.constexpr, PARTS: gl.constexpr, RATIOS: gl.constexpr
-):  # fmt: skip
+def load_all(jobs, given, made, tiles, signals, GROUPS: gl.constexpr, PARTS: gl.constexpr, RATIOS: gl.constexpr):
     """:func:`load` for all jobs."""
     x, p, vectors, heads = made
     done = gl.to_tensor(0)

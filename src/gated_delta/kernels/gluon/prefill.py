@@ -23,16 +23,16 @@ REGISTERS = {1: (40,), 2: (232, 40), 3: (160, 120, 72)}
 """By groups that compute: of a thread of the second that keeps 64 values, of one that inverts, of one that loads."""
 PREPARE_REGISTERS = {torch.bfloat16: 96, torch.float16: 128}
 """Five programs of :func:`prepare` on a processor; fp16, which takes two parts in more products, has four."""
-STAGES, SHORT_REGISTERS = 3, 128
-"""Chunks whose q and k have room. Where sequences have one chunk: registers for two programs on a processor."""
+STAGES = 3
+"""Chunks whose q and k have room. fp16 has room for two in programs that prepare: N has two parts."""
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
-PREPARE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.2, 1.0, 1.72, 3.55, 1.4
+PREPARE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.1, 1.0, 1.72, 3.4, 1.4
 """What a chunk takes: of a processor to be prepared; where one group has a processor, where two have, and where two
 more prepare it; of a summary. From measurements on an H200 (docs/prefill.md), as what follows.
 """
-START_US, START_MAKE_US, PART_US, SPLIT_US = 6.5, 8.0, 3.0, 4.0
-"""What a program takes before and after its chunks; a part on the way through a sequence; and two launches more."""
+LAUNCH_US, JOB_US, PART_US, SPLIT_US = 3.0, 4.6, 3.0, 4.0
+"""What takes a launch; a job, beside its chunks; a part on the way through a sequence; two launches more for parts."""
 
 
 class Plan(NamedTuple):
@@ -44,10 +44,9 @@ class Plan(NamedTuple):
     """Tokens of a part, 0 for whole sequences."""
     make: bool = False
     """Whether a program prepares its chunks itself."""
-    stages: int = STAGES
 
 
-PLANS = (Plan(1), Plan(2), Plan(2, make=True), Plan(1, stages=1), Plan(1, CHUNK), Plan(2, CHUNK))
+PLANS = (Plan(1), Plan(2), Plan(2, make=True), Plan(1, CHUNK), Plan(2, CHUNK))
 """All for which something else is compiled."""
 _TAKEN: ContextVar[Plan | None] = ContextVar("plan", default=None)
 
@@ -62,8 +61,6 @@ def planned(chosen: Plan, case: Callable[[], object]) -> None:
 def plan(total: int, count: int, heads: int, processors: int, whole: bool) -> Plan:
     """What is soonest done, if all sequences are as long as the mean; ``whole`` sequences if they must be."""
     chunks = -(-total // (CHUNK * max(count, 1)))
-    if chunks == 1:
-        return Plan(1, stages=1)
     step = 1 << max(chunks.bit_length() - 4, 0)  # few different ones, for the cache
     groups, parts, make = _soonest(-(-chunks // step) * step, count * heads, processors, whole)
     return Plan(groups, CHUNK * -(-chunks // parts) if parts > 1 else 0, make)
@@ -72,16 +69,16 @@ def plan(total: int, count: int, heads: int, processors: int, whole: bool) -> Pl
 @cache
 def _soonest(chunks: int, states: int, processors: int, whole: bool) -> tuple[int, int, bool]:
     """Groups, parts and whether programs prepare, for sequences of so many chunks."""
-    best, least = (2, 1, True), -(-states // processors) * (MAKE_US * chunks + START_MAKE_US)
+    best, least = (2, 1, True), -(-states // processors) * (MAKE_US * chunks + JOB_US)
     most = 1 if whole else min(chunks, 3 * processors // max(states, 1) + 1)
     for parts in range(1, most + 1):
         length = -(-chunks // parts)
-        before = PREPARE_US * chunks * states / processors
+        before = PREPARE_US * chunks * states / processors + LAUNCH_US
         if parts > 1:
             summaries = -(-2 * states * (parts - 1) // processors)
             before += summaries * SUMMARY_US * length + parts * PART_US + SPLIT_US
         for groups, each in ((2, CHUNK_US), (1, ALONE_US)):
-            needed = -(-states * parts * 2 // (groups * processors)) * (each * length + START_US) + before
+            needed = -(-states * parts * 2 // (groups * processors)) * (each * length + JOB_US) + before
             if needed < least:
                 best, least = (groups, parts, False), needed
     return best
@@ -134,9 +131,7 @@ def bound_prefill(call: Prefill) -> Start:
     (total, heads, _), count = call.output.shape, call.cu_seqlens.shape[0] - 1
     # Parts change bits, and a checkpoint has those of the final state of a prefix.
     whole = call.batch_invariant or call.checkpoints is not None
-    groups, part, make, stages = _TAKEN.get() or plan(total, count, heads, _processors(call.q.device), whole)
-    if make and call.q.dtype == torch.float16:
-        stages = 2  # N has two parts, whose room this is
+    groups, part, make = _TAKEN.get() or plan(total, count, heads, _processors(call.q.device), whole)
     if total == 0 and count == 0:
         return launches.bound()
     if total == 0:  # the copy engine wants addresses
@@ -164,13 +159,12 @@ def bound_prefill(call: Prefill) -> Start:
     )  # fmt: skip
     constants: dict[str, Any] = {
         "RQ": heads // q.shape[1], "RK": heads // k.shape[1], "RV": heads // v.shape[1], "GROUPS": groups,
-        "STAGES": stages, "PARTS": part > 0, "MAKE": make, "NORM": make and call.use_qk_l2norm,
-        "LOG": make and call.log_gates, "ZERO_PADDING": call.zero_padding, "REGISTERS": REGISTERS[groups + make],
+        "STAGES": min(STAGES, 2) if make and q.dtype == torch.float16 else STAGES, "PARTS": part > 0, "MAKE": make,
+        "NORM": make and call.use_qk_l2norm, "LOG": make and call.log_gates, "ZERO_PADDING": call.zero_padding,
+        "REGISTERS": REGISTERS[groups + make],
     }  # fmt: skip
-    jobs = halves * (places + call.zero_padding)
-    grid = (jobs if stages == 1 else min(jobs, _processors(q.device)),)
-    options = {"registers": SHORT_REGISTERS} if stages == 1 else {}
-    launches.add(chain, grid, args, constants, warps=4, **options)
+    grid = (min(halves * (places + call.zero_padding), _processors(q.device)),)
+    launches.add(chain, grid, args, constants, warps=4)
     return launches.bound()
 
 
@@ -191,13 +185,13 @@ def _prepared(call: Prefill, launches: Launches) -> tuple[Tensor, Tensor, Tensor
     vectors = launches.scratch(slots, heads, VECTORS.value, dtype=torch.float32)
     args = (
         rows(q), rows(k), tiles(x), tiles(p), g, beta, cu_seqlens, state_indices, vectors, call.scale,
-        call.null_slot, count, q.stride(1), k.stride(1), *strides(g, 0, 1), *strides(beta, 0, 1),
+        call.null_slot, count, heads, q.stride(1), k.stride(1), *strides(g, 0, 1), *strides(beta, 0, 1),
         *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
     constants |= {"NORM": call.use_qk_l2norm, "LOG": call.log_gates}
     if count > 0:
-        launches.add(prepare, (slots, heads), args, constants, warps=4, registers=PREPARE_REGISTERS[q.dtype])
+        launches.add(prepare, (slots * heads,), args, constants, warps=4, registers=PREPARE_REGISTERS[q.dtype])
     return x, p, vectors
 
 

@@ -191,10 +191,14 @@ def vectors_in_shared(STAGES: gl.constexpr, LENGTH: gl.constexpr):
 
 
 @gluon.jit
-def eight(a, b, c, d, e, f, g, h):
-    """Vectors behind each other; every thread keeps what it has."""
-    x = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
-    return gl.reshape(gl.permute(x, [3, 2, 1, 0]), [512])
+def one_of(a, b, c, d):
+    """Four lines, which every warp has: one for each, ``[warp, ..]``."""
+    each: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
+    line: gl.constexpr = gl.SliceLayout(0, each)
+    a, b = gl.convert_layout(a, line)[None, :], gl.convert_layout(b, line)[None, :]
+    c, d = gl.convert_layout(c, line)[None, :], gl.convert_layout(d, line)[None, :]
+    warp = gl.arange(0, 4, gl.SliceLayout(1, each))[:, None]
+    return gl.where(warp < 2, gl.where(warp == 0, a, b), gl.where(warp == 2, c, d))
 
 
 @gluon.jit
@@ -207,13 +211,17 @@ def store_vectors(gates, scale, vectors, LOG: gl.constexpr, FINE: gl.constexpr):
     all, start = gl.zeros([64], gl.float32, LINE), gl.exp2(high) * grown
     left, flag = gl.exp2(whole - high) * rest * shrunk, gl.where(strong, 1.0, 0.0) + all
     decay = gl.exp2(whole) * rest + all
-    vectors.slice(0, 512).store(eight(-start, start * scale, decay, high, grown, shrunk, flag, all))
     up = gl.where(strong, 1.0, gl.exp2(high - middle) * grown)
     down = gl.where(strong, strength, gl.exp2(middle - high) * shrunk * strength)
     of_q, of_p = up * scale, all
     if FINE:  # fp16 has no room for decays
         of_q, of_p = scale + all, up
-    vectors.slice(512, 512).store(eight(strength, of_q, down, of_p, left * strength, all, all, all))
+    # At once: between two stores the compiler would have the group wait.
+    first, second = one_of(-start, start * scale, decay, high), one_of(grown, shrunk, flag, all)
+    third, fourth = one_of(strength, of_q, down, of_p), one_of(left * strength, all, all, all)
+    LENGTH: gl.constexpr = vectors.shape[0]
+    lines = gl.join(gl.join(first, second), gl.join(third, fourth))
+    vectors.store(gl.reshape(gl.permute(lines, [3, 2, 0, 1]), [LENGTH]))
 
 
 @gluon.jit
@@ -303,14 +311,16 @@ def without_state(sK, sP, sX, room, vectors, signals, parity, nothing, NORM: gl.
     fence_async_shared()
 
 
-@gluon.jit(do_not_specialize=["N", "null_slot"])
+@gluon.jit(do_not_specialize=["N", "null_slot", "heads"])
 def prepare(
-    q, k, x, p, g, beta, cu_seqlens, slots, vectors, scale, null_slot, N,
+    q, k, x, p, g, beta, cu_seqlens, slots, vectors, scale, null_slot, N, heads,
     q_head, k_head, g_row, g_head, beta_row, beta_head, cu_stride, slot_stride,
     RQ: gl.constexpr, RK: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr,
 ):  # fmt: skip
-    """One chunk of one state head. RQ, RK: state heads to a head of q and of k."""
-    place, head = gl.program_id(0), gl.program_id(1).to(gl.int64)
+    """One chunk of one state head. RQ, RK: state heads to a head of q and of k. Heads of a chunk come one behind the
+    other: they share tiles of q and k, and their gates lie next to each other.
+    """
+    place, head = gl.program_id(0) // heads, (gl.program_id(0) % heads).to(gl.int64)
     sequence = sequence_of(cu_seqlens, cu_stride, N, place, 64)
     begin = gl.load(cu_seqlens + sequence * cu_stride).to(gl.int64)
     end = gl.load(cu_seqlens + (sequence + 1) * cu_stride).to(gl.int64)
@@ -345,7 +355,7 @@ def prepare(
     room = rooms(FINE)  # where q was
     put_keys(sK, room, own, 0, NORM)
     without_state(sK, sP, sK, room, own, None, 0, 0, NORM, 32)
-    chunk = place.to(gl.int64) * gl.num_programs(1) + head
+    chunk = place.to(gl.int64) * heads + head
     store_tile(x, [narrow(chunk * 64), 0], sK)
     store_tile(p, [narrow(chunk * 64), 0], sP)
     gl.store(vectors + chunk * VECTORS + gl.arange(0, VECTORS, LINE), own.slice(0, VECTORS).load(LINE))

@@ -37,14 +37,16 @@ SPILLED = {("step_kernel", None): 16, ("chain", 1): 184, ("chain", 3): 32}
 """Bytes of the stack that kernels may take, by stages; all others none."""
 
 HOPPER_SPILLED: dict[str, tuple[int, dict[str, int]]] = {
-    "make": (112, {"16": 21, "24": 2, "36": 17}),
-    "make, plain": (64, {"16": 6, "24": 1, "36": 0}),
-    "make, fp16": (112, {"16": 23, "24": 5, "36": 5}),
-    "make, fp16, plain": (56, {"16": 11, "24": 0, "36": 1}),
+    "make": (176, {"16": 1, "24": 3, "36": 5}),
+    "make, plain": (112, {"16": 3, "24": 0, "36": 0}),
+    "make, fp16": (216, {"16": 23, "24": 7, "36": 2}),
+    "make, fp16, plain": (208, {"16": 22, "24": 0, "36": 0}),
+    **{f"parts{more}": (8, {"16": 0, "24": 0}) for more in ("", ", fp16", ", one group", ", one group, fp16")},
 }
-"""Bytes of the stack that Hopper's prefill takes in one launch by Triton 3.6, where 512 threads share the registers of
-a processor; and what a chunk reads from there, by its group's number of wgmmas: 16 has the one that loads (K K and Q
-K), 24 the one that inverts (T in two parts for P' and for X), 36 one that keeps. ``prepare`` and all others take none.
+"""Bytes of the stack that Hopper's prefill takes by Triton 3.6: in one launch, where 512 threads share the registers of
+a processor, and for jobs that are parts; and what a chunk reads from there, by its group's number of wgmmas: 16 has the
+one that loads (K K and Q K), 24 the one that inverts (T in two parts for P' and for X) or that keeps a state, 36 one
+that keeps and has few registers. More are loops over jobs. All others take none.
 """
 
 
@@ -152,7 +154,7 @@ def test_prefill_of_hopper(hopper: Kernels) -> None:
         stack, reloads = HOPPER_SPILLED.get(kernel["case"], (0, {}))
         assert kernel["stack"] <= stack, name
         assert all(kernel["reloads"][loop] <= loads for loop, loads in reloads.items()), (name, kernel["reloads"])
-        assert count(kernel, "LDL") == 0 or makes(name), name
+        assert count(kernel, "LDL") == 0 or stack > 0, name
         assert kernel["local"] == 0, name
         assert kernel["wrong_descriptors"] == kernel["overwritten_operands"] == kernel.get("serialised", []) == [], name
         assert kernel["shared"] <= compile_kernels.SHARED[90], name

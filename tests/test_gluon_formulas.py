@@ -47,9 +47,9 @@ CHAIN = {
     ),
     "wrong half of v": Fault("keep", "GROUPS * buffer + GROUP", "GROUPS * buffer", BUDGET, groups=BOTH),
     "wrong half of v is loaded": Fault("copy_values", "column + 64 * group", "column", BUDGET, groups=BOTH),
-    "wrong half of v for a program": Fault("chain", "v_head) + own", "v_head)", BUDGET, groups=(1,)),
-    "wrong half of the state": Fault("keep_from", "GROUP * 64", "0", BUDGET, groups=BOTH),
-    "wrong half of the output": Fault("keep", "output + GROUP * 64", "output", BUDGET, groups=BOTH),
+    "wrong half of v for a program": Fault("sources_of", "v_head + values", "v_head", BUDGET, groups=(1,)),
+    "wrong half of the state": Fault("keep_all", "values * wide(s_line)", "0", BUDGET),
+    "wrong half of the output": Fault("keep_all", "values += GROUP * 64", "pass", BUDGET, groups=BOTH),
     "values behind the sequence": Fault("keep", "if length - t * 64 < 64", "if False", BUDGET),
     "a value behind the sequence": Fault("keep", "< length - t * 64, Y", "<= length - t * 64, Y", BUDGET),
     "values lost in the last chunk": Fault("keep", "< length - t * 64, Y", "< length - t * 64 - 1, Y", BUDGET),
@@ -59,8 +59,8 @@ CHAIN = {
     "values in what a state becomes": Fault("keep_summary", "unit == 0", "True", BUDGET, part=128),
     "no unit matrix": Fault("keep_summary", "unit, 1.0", "unit, 0.0", BUDGET, gates="none", part=128),
     "wrong half of the unit matrix": Fault("keep_summary", "GROUP * 64 + ", "", BUDGET, gates="none", part=128),
-    "parts start a part early": Fault("chain", "first = begin + before", "first = begin", BUDGET, part=128),
-    "the first part writes the last state": Fault("chain", "before + part >= length", "before == 0", BUDGET, part=128),
+    "parts start a part early": Fault("chunks_of", "begin + before, part", "begin, part", BUDGET, part=128),
+    "the first part writes the last state": Fault("keep_all", "before + part >= length", "before == 0", BUDGET, part=128),
 }
 GATES = {
     "gates behind the sequence": Fault("gates_of", "mask=row < length", "mask=row >= 0", f"memory|{BUDGET}"),
@@ -95,7 +95,7 @@ GATES = {
     "P of k": Fault("pair", PUT_P, PUT_P.replace("(q,", "(k,"), OUTPUT),
     "logarithms to the base e": Fault("log2_of", "x * 1.4426950408889634", "x", BUDGET),
     "alpha 0 without a bound": Fault("log2_of", "return gl.maximum(x, -160.0)", "return x", BUDGET, gates="strong"),
-    "decay of K S with the wrong sign": Fault("store_vectors", "eight(-start", "eight(start", BUDGET),
+    "decay of K S with the wrong sign": Fault("store_vectors", "one_of(-start", "one_of(start", BUDGET),
     "scale of Q S forgotten": Fault("store_vectors", "start * scale", "start", OUTPUT),
     "rest of the decay forgotten": Fault(
         "store_vectors", "decay = gl.exp2(whole) * rest", "decay = gl.exp2(whole)", BUDGET
@@ -114,7 +114,7 @@ GATES = {
     "decay of X forgotten": Fault("store_vectors", f"left, flag = {LEFT}", "left, flag = all + 1", BUDGET),
     "beta of P forgotten": Fault("store_vectors", "shrunk * strength)", "shrunk)", OUTPUT),
     "beta of X forgotten": Fault("store_vectors", "left * strength", "left", BUDGET),
-    "beta of columns forgotten": Fault("store_vectors", "eight(strength", "eight(all + 1", BUDGET),
+    "beta of columns forgotten": Fault("store_vectors", "one_of(strength", "one_of(all + 1", BUDGET),
     "scale of P forgotten": Fault("store_vectors", "up * scale, all", "up, all", OUTPUT),
     "scale of P forgotten, fp16": Fault("store_vectors", "= scale + all, up", "= all + 1, up", OUTPUT, dtype=FP16),
     "scale of P twice, fp16": Fault("store_vectors", "all, up", "all, up * scale", OUTPUT, dtype=FP16),
@@ -217,7 +217,7 @@ PLACES = {
     "X half a tile to the right": Fault("prepare", "0], sK", "64], sK", BUDGET),
     "P half a tile to the right": Fault("prepare", "0], sP", "32], sP", OUTPUT),
     "q in the place of X": Fault("prepare", "0], sK)", "0], sQ)", BUDGET),
-    "chunks of heads on each other": Fault("prepare", "gl.num_programs(1) + head", "1 + head", BUDGET, gates="heads"),
+    "chunks of heads on each other": Fault("prepare", "place.to(gl.int64) * heads", "place.to(gl.int64)", BUDGET, gates="heads"),
     "X into the place of q": Fault("prepare", "sP, sK, room", "sP, sQ, room", BUDGET),
 }
 PRODUCTS = {

@@ -126,15 +126,6 @@ def test_lengths(length: int) -> None:
     assert_right(inputs, *run(inputs))
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3])
-def test_few_stages(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As fp16 has in programs that prepare."""
-    monkeypatch.setattr(host, "STAGES", 2)
-    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(min(groups, 2), make=groups == 3))
-    inputs = unit(small([64, 1, 0, 200, 63], gates="weak", hv=2), 3.0)
-    assert_right(inputs, *run(inputs))
-
-
 @pytest.mark.parametrize(
     ("total", "count", "heads", "whole", "expected"),
     [
@@ -404,12 +395,3 @@ def test_parts_with_padding_and_checkpoints(part: int) -> None:
     plain = oracle.prefill(**logical, dtype=torch.float32, operands=torch.bfloat16).kept
     exact = oracle.prefill(**logical).kept
     assert_within_budget("checkpoints", stored.view[1:6].cpu(), torch.stack(plain), torch.stack(exact))
-
-
-@pytest.mark.xfail(strict=False, reason="parts follow from the batch, and the states between them have other bits")
-def test_parts_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a sequence's bits would hang on the batch, and a checkpoint would not be the final state of a prefix."""
-    inputs = small([256], gates="weak")
-    whole = run(inputs)
-    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(2, 128))
-    assert all(same_bits(x, y) for x, y in zip(whole, run(inputs), strict=True))

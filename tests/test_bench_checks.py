@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from gated_delta import reference
-from gated_delta.bench import check, timing
+from gated_delta.bench import check, peers, timing
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.inputs import make_sets, nbytes
-from gated_delta.bench.peers import ours
 from gated_delta.testing import oracle
 from gated_delta.testing.inputs import raw_gates
 from helpers import DEVICE
@@ -75,7 +74,7 @@ def test_sets_of_inputs(case: Case) -> None:
 def test_ours_is_right_and_anything_else_is_found_wrong(case: Case) -> None:
     inputs = make_sets(case, CPU, 0)[0]
     truth = check.exact(case, inputs)
-    bound = ours.bind(case, inputs)
+    bound = peers.ours(case, inputs)
     bound.call()
     results = bound.results()
     error, fault = check.judge(truth, results)
@@ -108,11 +107,11 @@ def test_errors_of_another_shape_are_infinite() -> None:
 def test_a_step_by_separate_kernels_is_judged_too() -> None:
     case = Case("step", "step", SMALL, batch=3, state="bf16")
     inputs = make_sets(case, torch.device(DEVICE), 0)[0]
-    truth, bound = check.exact(case, inputs), ours.separate(case, inputs)
+    truth, bound = check.exact(case, inputs), peers.separate(case, inputs)
     assert bound is not None
     bound.call()
     assert check.judge(truth, bound.results())[1] == ""
-    assert ours.separate(Case("norm", "norm", SMALL, batch=7), inputs) is None
+    assert peers.separate(Case("norm", "norm", SMALL, batch=7), inputs) is None
 
 
 @pytest.mark.parametrize("part", ["", " core"])
@@ -122,7 +121,7 @@ def test_a_layer_is_not_judged_here(size: dict[str, Any], part: str) -> None:
     inputs = make_sets(case, CPU, 0)[0]
     assert check.exact(case, inputs) == {}
     with torch.no_grad():
-        bound = ours.bind(case, inputs)
+        bound = peers.ours(case, inputs)
         bound.call()
         assert check.judge({}, bound.results()) == (None, "")
     assert nbytes(inputs) > sum(p.nbytes for p in inputs["layer"].parameters())

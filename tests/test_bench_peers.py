@@ -16,7 +16,6 @@ import gated_delta as gd
 from gated_delta.bench import check, peers
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.inputs import make_sets
-from gated_delta.bench.peers import fla
 from gated_delta.errors import OptionError
 
 SMALL = Heads(2, 4, 32, 64)
@@ -156,7 +155,7 @@ OF_PEERS = {
 @pytest.mark.usefixtures("fakes")
 def test_adapters_speak_their_peers_language(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given functions of the peers' arguments, every adapter gives right results."""
-    monkeypatch.setattr(fla, "on_gpu", lambda x: True)
+    monkeypatch.setattr(peers, "on_gpu", lambda x: True)
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
     truth = check.exact(case, inputs)
     bound = peers.bind(name, case, inputs)
@@ -188,7 +187,7 @@ def test_references_on_the_cpu(name: str) -> None:
      ("fla", Case("x", "decode", FULL, "pool", batch=1, state="bf16")), ("fla", UPDATE)],
 )  # fmt: skip
 def test_adapters_pass_on_what_their_peer_cannot_do(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fla, "on_gpu", lambda x: True)
+    monkeypatch.setattr(peers, "on_gpu", lambda x: True)
     assert peers.bind(name, case, make_sets(case, torch.device("cpu"), 0)[0]) is None
 
 

@@ -15,12 +15,12 @@ from gated_delta import plans, reference
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d
+from gated_delta.decode import gated_delta_net_step
 from gated_delta.errors import ShapeError
 from gated_delta.norm import rms_norm_gated
 from gated_delta.parallel import Parallel
 from gated_delta.prefill import chunk_gated_delta_rule, gates
 from gated_delta.state import LayerState
-from gated_delta.step import gated_delta_net_step
 from gated_delta.validation import data
 from gated_delta.validation.arguments import FLOATS, Arguments
 

@@ -5,7 +5,10 @@ Importing this package loads torch and registers the operators; kernels load whe
 
 from gated_delta.conv import causal_conv1d, causal_conv1d_update
 from gated_delta.decode import (
-    gated_delta_net_step, gated_delta_rule_decode, gated_delta_rule_decode_pretranspose, gated_delta_rule_mtp,
+    gated_delta_net_step,
+    gated_delta_rule_decode,
+    gated_delta_rule_decode_pretranspose,
+    gated_delta_rule_mtp,
 )  # fmt: skip
 from gated_delta.dispatch import explain
 from gated_delta.norm import rms_norm_gated

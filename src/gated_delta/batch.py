@@ -154,12 +154,9 @@ class GatedDeltaNetBatch:
             index[isinstance(row, SpecRow)] += range(end - row.tokens, end)
         padded = [[*row.slots, *[-1] * (num_spec + 1 - len(row.slots))] for row in spec]
         return cls(
-            num_prefills=len(plain) - decodes,
-            num_prefill_tokens=len(index[False]) - decodes,
-            num_decodes=decodes,
-            num_decode_tokens=decodes,
-            num_spec_decodes=len(spec),
-            num_spec_decode_tokens=len(index[True]),
+            num_prefills=len(plain) - decodes, num_prefill_tokens=len(index[False]) - decodes,
+            num_decodes=decodes, num_decode_tokens=decodes,
+            num_spec_decodes=len(spec), num_spec_decode_tokens=len(index[True]),
             num_actual_tokens=len(index[False]) + len(index[True]),
             has_initial_state=tensor([not row.fresh for row in plain], torch.bool),
             non_spec_query_start_loc=tensor([*accumulate((row.tokens for row in plain), initial=0)]),
@@ -169,7 +166,7 @@ class GatedDeltaNetBatch:
             spec_token_index=tensor(index[True]) if spec else None,
             non_spec_token_index=tensor(index[False]) if spec else None,
             num_accepted_tokens=tensor([row.accepted for row in spec]) if spec else None,
-        )
+        )  # fmt: skip
 
 
 def _is_decode(row: Row) -> bool:

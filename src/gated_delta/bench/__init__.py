@@ -2,6 +2,5 @@
 
 A parent process watches a worker (``run``), which measures case after case (``cases``): it makes random inputs
 (``inputs``), checks every contender (``peers``) against float64 (``check``), times those that are right in turns
-(``timing``) and relates them to the hardware (``floors``). What comes back are rows (``records``), shown as tables
-(``report``).
+(``timing``) and relates them to the hardware (``floors``). What comes back are rows (``records``), shown as tables.
 """

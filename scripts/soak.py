@@ -15,7 +15,7 @@ import sys
 import torch
 from rich.progress import track
 
-from gated_delta.bench import check, peers
+from gated_delta.bench import peers
 from gated_delta.bench.cases import GATES, PLAN, Case, Heads
 from gated_delta.bench.inputs import make_sets
 from gated_delta.bench.machine import pick_device
@@ -65,9 +65,9 @@ def fault_of(case: Case, device: torch.device) -> str:
     """What is wrong with one call, "" if nothing."""
     try:
         x = make_sets(case, device, 0)[0]
-        truth, bound = check.exact(case, x), peers.ours(case, x)
+        truth, bound = peers.exact(case, x), peers.ours(case, x)
         bound.call()
-        return check.judge(truth, bound.results())[1]
+        return peers.judge(truth, bound.results())[1]
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

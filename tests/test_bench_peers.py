@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gated_delta as gd
-from gated_delta.bench import check, peers
+from gated_delta.bench import peers
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.inputs import make_sets
 from gated_delta.errors import OptionError
@@ -157,11 +157,11 @@ def test_adapters_speak_their_peers_language(name: str, case: Case, monkeypatch:
     """Given functions of the peers' arguments, every adapter gives right results."""
     monkeypatch.setattr(peers, "on_gpu", lambda x: True)
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
-    truth = check.exact(case, inputs)
+    truth = peers.exact(case, inputs)
     bound = peers.bind(name, case, inputs)
     assert bound is not None
     bound.call()
-    assert check.judge(truth, bound.results())[1] == ""
+    assert peers.judge(truth, bound.results())[1] == ""
 
 
 @pytest.mark.usefixtures("fakes")
@@ -169,11 +169,11 @@ def test_adapters_speak_their_peers_language(name: str, case: Case, monkeypatch:
 def test_references_on_the_cpu(name: str) -> None:
     case = Case("x", "prefill", SMALL, sequences="33x3")
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
-    truth = check.exact(case, inputs)
+    truth = peers.exact(case, inputs)
     bound = peers.bind(name, case, inputs)
     assert bound is not None
     bound.call()
-    assert check.judge(truth, bound.results())[1] == ""
+    assert peers.judge(truth, bound.results())[1] == ""
     ragged = replace(case, sequences="33+4")
     assert peers.bind(name, ragged, make_sets(ragged, torch.device("cpu"), 0)[0]) is None
 

@@ -1,7 +1,5 @@
 """What a step holds: which tokens belong to which sequence, and which slots these read and write."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -130,7 +128,7 @@ class GatedDeltaNetBatch:
     @classmethod
     def build(
         cls, rows: Sequence[Row | SpecRow], *, num_spec: int = 0, device: torch.device | str = "cpu"
-    ) -> GatedDeltaNetBatch:
+    ) -> "GatedDeltaNetBatch":
         """Describe ``rows`` whose tokens stand in this order.
 
         Raises:

@@ -1,7 +1,5 @@
 """The shape of a Gated Delta Net layer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,7 +55,7 @@ class GatedDeltaNetConfig:
         args.word("output_gate", self.output_gate, ("silu", "swish", "sigmoid"), '"silu", "swish" or "sigmoid"')
 
     @classmethod
-    def from_hf(cls, config: Any) -> GatedDeltaNetConfig:
+    def from_hf(cls, config: Any) -> "GatedDeltaNetConfig":
         """The layer of a published model: of a Transformers config, or of what its ``config.json`` holds.
 
         Args:
@@ -95,7 +93,7 @@ class GatedDeltaNetConfig:
             allow_neg_eigval=is_olmo and field("linear_allow_neg_eigval", True),
         )
 
-    def shard(self, size: int) -> GatedDeltaNetConfig:
+    def shard(self, size: int) -> "GatedDeltaNetConfig":
         """The part of one of ``size`` ranks that share the heads.
 
         Raises:

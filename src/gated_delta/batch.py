@@ -93,17 +93,12 @@ class GatedDeltaNetBatch:
         args.bind("spec", spec, "num_spec_decodes")
         args.bind("P", total - self.num_spec_decode_tokens, "the counts of tokens")
         args.bind("S", self.num_spec_decode_tokens, "num_spec_decode_tokens")
-        mixed = spec > 0 and rows > 0
-        for name, shape, needed in (
-            ("non_spec_query_start_loc", "rows+1", rows),
-            ("non_spec_state_indices", "rows", rows),
-            ("spec_query_start_loc", "spec+1", spec),
-            ("spec_state_indices", "spec *", spec),
-            ("num_accepted_tokens", "spec", spec),
-            ("non_spec_token_index", "P", mixed),
-            ("spec_token_index", "S", mixed),
+        for needed, shapes in (
+            (rows, {"non_spec_query_start_loc": "rows+1", "non_spec_state_indices": "rows"}),
+            (spec, {"spec_query_start_loc": "spec+1", "spec_state_indices": "spec *", "num_accepted_tokens": "spec"}),
+            (spec and rows, {"non_spec_token_index": "P", "spec_token_index": "S"}),
         ):
-            if needed:
+            for name, shape in shapes.items() if needed else ():
                 args.tensor(name, getattr(self, name), shape, INDICES, any_stride=True)
         if rows:
             known = self.has_initial_state

@@ -10,7 +10,9 @@ right is known ahead: so the steps are the same on every machine and with anybod
 from __future__ import annotations
 
 import csv
+import math
 import random
+import re
 import sys
 import time
 from collections import Counter, deque
@@ -26,6 +28,8 @@ import typer
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import profile, record_function
 
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
@@ -57,6 +61,8 @@ MARKED = {
 """The part of a step that a function is. The fused step is convolution, rule and norm."""
 PARTS = {"aten::linear": "projections", "step": "other"} | {x: x for x in (*MARKED.values(), "translation")}
 """The part that an operator of torch, or a range that we mark, is."""
+LAUNCH = re.compile(r"cu(da)?[A-Z]")
+"""How the profiler names calls of CUDA. Their ids are their kernels'; those of operators are others' numbers."""
 
 
 @dataclass(frozen=True)
@@ -300,18 +306,32 @@ def marked() -> Iterator[None]:
 
 
 def parts(profiler: profile) -> Counter[str]:
-    """Microseconds on the device by part; what is inside of another part counts there."""
-    found: Counter[str] = Counter()
-    time_of = "device_time_total" if torch.cuda.is_available() else "cpu_time_total"
-    for event in profiler.events() or ():
-        if event.name in PARTS and "CPU" in str(event.device_type):  # a GPU shows our ranges once more
-            us, above = getattr(event, time_of), event.cpu_parent
-            while above is not None and above.name not in PARTS:
-                above = above.cpu_parent
-            if above is None or above.name == "step":
-                found[PARTS[event.name]] += us
-                found["other"] -= us if event.name != "step" else 0
+    """Microseconds by part, on the device or, where none worked, on the host. What is inside of another part counts
+    there; a kernel counts where it was launched, by time: ours belong to no operator of torch's, to which the profiler
+    would book them. One whose launch was not seen is "unknown".
+    """
+    events, found = profiler.events() or (), Counter[str]()
+    host = [event for event in events if event.device_type == DeviceType.CPU]
+    # a GPU shows our ranges once more
+    work = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+    marks = [event for event in host if event.name in PARTS and within(event) in ("", "step")]
+    launches = {event.id: event.time_range.start for event in host if LAUNCH.match(event.name)}
+    for kernel in work:
+        at = launches.get(kernel.id, math.nan)
+        around = [mark.name for mark in marks if mark.time_range.start <= at <= mark.time_range.end]
+        found[PARTS[around[-1]] if around else "unknown"] += kernel.time_range.elapsed_us()  # they are in order
+    for mark in () if work else marks:
+        found[PARTS[mark.name]] += mark.cpu_time_total
+        found["other"] -= mark.cpu_time_total if mark.name != "step" else 0
     return found
+
+
+def within(event: FunctionEvent) -> str:
+    """The next part around one, if there is any."""
+    above = event.cpu_parent
+    while above is not None and above.name not in PARTS:
+        above = above.cpu_parent
+    return above.name if above is not None else ""
 
 
 def serve_command(

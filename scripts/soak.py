@@ -15,11 +15,10 @@ import sys
 import torch
 from rich.progress import track
 
-from gated_delta.bench import check
+from gated_delta.bench import peers
 from gated_delta.bench.cases import GATES, PLAN, Case, Heads
 from gated_delta.bench.inputs import make_sets
 from gated_delta.bench.machine import pick_device
-from gated_delta.bench.peers import ours
 
 SETTLED = 0.2
 """Part of the calls after which memory should not grow: everything has been compiled and cached."""
@@ -66,9 +65,9 @@ def fault_of(case: Case, device: torch.device) -> str:
     """What is wrong with one call, "" if nothing."""
     try:
         x = make_sets(case, device, 0)[0]
-        truth, bound = check.exact(case, x), ours.bind(case, x)
+        truth, bound = peers.exact(case, x), peers.ours(case, x)
         bound.call()
-        return check.judge(truth, bound.results())[1]
+        return peers.judge(truth, bound.results())[1]
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

@@ -50,6 +50,16 @@ def strided(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor([[value, 1 << 20, 1 << 20] for value in values], dtype=dtype)[:, 0]
 
 
+def copied(given: Inputs) -> Inputs:
+    """On :data:`DEVICE`, in memory of their own that lies as theirs does: a plain move makes a cut view contiguous."""
+
+    def copy(x: Tensor) -> Tensor:
+        memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).clone()
+        return memory.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    return {name: copy(x) if isinstance(x, Tensor) else x for name, x in given.items()}
+
+
 class Pool:
     """Rows of ``states`` at ``slots`` of a pool full of NaN whose slots are cut out of larger pages.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gated_delta.bench import cases, floors, machine, peers, reading, records, report, timing
+from gated_delta.bench import cases, floors, machine, peers, reading, records, timing
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.records import Row
 from gated_delta.errors import OptionError
@@ -200,7 +200,7 @@ def test_the_summary_says_where_we_lose() -> None:
         row("good", us=10, over_floor=2.0, speedup=4.0), row("bad", us=10, over_floor=8.0, speedup=0.5),
         row("alone", us=10, over_floor=4.0),
     ]  # fmt: skip
-    assert report.summary(rows) == (
+    assert records.summary(rows) == (
         "4.00 times the floor (geometric mean of 3); worst 8.00 in bad; "
         "1.41 times as fast as the best peer (geometric mean of 2); worst 0.50 in bad; "
         "slower than a peer in 1 of 2 cases"
@@ -210,13 +210,13 @@ def test_the_summary_says_where_we_lose() -> None:
 def test_what_a_layer_does_around_the_rule() -> None:
     times = {"prefill": 300.0, "prefill core": 150.0, "": 100.0, "decode": 20.0, "V-major": 10.0, "pool": 1.0}
     rows = [row(form, us=us, form=form, heads="2/8", size="1x64") for form, us in times.items()]
-    assert report.shares(rows) == [
+    assert records.shares(rows) == [
         "2/8 prefill 1x64: 200% of the rule around it",
         "2/8 prefill core 1x64: 50% of the rule around it",
         "2/8 decode 1x64: 100% of the rule around it",
     ]
-    assert report.shares(rows[:2]) == []
-    assert report.summary(rows).endswith("; ".join(report.shares(rows)))
+    assert records.shares(rows[:2]) == []
+    assert records.summary(rows).endswith("; ".join(records.shares(rows)))
 
 
 def test_the_table_shows_what_went_wrong() -> None:
@@ -230,7 +230,7 @@ def test_the_table_shows_what_went_wrong() -> None:
     ]  # fmt: skip
     console = Console(width=150)
     with console.capture() as shown:
-        console.print(report.tables(rows))
+        console.print(records.tables(rows))
     lines = [" ".join(line.split()) for line in shown.get().splitlines()]
     assert "GPU; torch 2; fla 0.6.0; read 4.39 TB/s" in lines
     assert "a 10.00 10.0 % 2 TB/s 2.00 8.00 crashed 0.80" in lines
@@ -242,10 +242,10 @@ def test_the_table_shows_what_went_wrong() -> None:
 
 
 def test_units() -> None:
-    assert report.rate(4.125, None) == "4.12 TB/s"
-    assert report.rate(0.012, None) == "12 GB/s"
-    assert report.rate(0.5, 455.0) == "455 TFLOP/s"
-    assert report.rate(None, None) == ""
+    assert records.rate(4.125, None) == "4.12 TB/s"
+    assert records.rate(0.012, None) == "12 GB/s"
+    assert records.rate(0.5, 455.0) == "455 TFLOP/s"
+    assert records.rate(None, None) == ""
 
 
 def test_a_comparison_finds_what_got_slower() -> None:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from gated_delta import reference
-from gated_delta.bench import check, timing
+from gated_delta.bench import peers, timing
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.inputs import make_sets, nbytes
-from gated_delta.bench.peers import ours
 from gated_delta.testing import oracle
 from gated_delta.testing.inputs import raw_gates
 from helpers import DEVICE
@@ -74,45 +73,45 @@ def test_sets_of_inputs(case: Case) -> None:
 @pytest.mark.parametrize("case", EVERY, ids=named)
 def test_ours_is_right_and_anything_else_is_found_wrong(case: Case) -> None:
     inputs = make_sets(case, CPU, 0)[0]
-    truth = check.exact(case, inputs)
-    bound = ours.bind(case, inputs)
+    truth = peers.exact(case, inputs)
+    bound = peers.ours(case, inputs)
     bound.call()
     results = bound.results()
-    error, fault = check.judge(truth, results)
+    error, fault = peers.judge(truth, results)
     assert fault == ""
     assert error is not None and (0 < error < 1e-2 or case.operation in ("conv", "norm"))
     assert set(truth) == set(results)
     for name, x in results.items():
         others = {key: value for key, value in results.items() if key != name}
         for wrong in (x * 1.03, x.roll(1, 0), x[..., :-1]):
-            assert check.judge(truth, {**others, name: wrong})[1].startswith(f"{name}: relative error ")
-        assert check.judge(truth, others) == (None, f"it gives no {name}")
+            assert peers.judge(truth, {**others, name: wrong})[1].startswith(f"{name}: relative error ")
+        assert peers.judge(truth, others) == (None, f"it gives no {name}")
         broken = x.clone()
         broken[(-1,) * broken.dim()] = torch.nan
-        assert check.judge(truth, {**others, name: broken}) == (None, f"{name} is not finite")
+        assert peers.judge(truth, {**others, name: broken}) == (None, f"{name} is not finite")
 
 
 @pytest.mark.parametrize("case", EVERY, ids=named)
 def test_float64_by_parts_is_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_sets(case, CPU, 0)[0]
-    whole = check.exact(case, inputs)
+    whole = peers.exact(case, inputs)
     monkeypatch.setattr(oracle, "AT_ONCE", 1)
-    for name, x in check.exact(case, inputs).items():
+    for name, x in peers.exact(case, inputs).items():
         torch.testing.assert_close(x, whole[name])
 
 
 def test_errors_of_another_shape_are_infinite() -> None:
-    assert check.relative_error(torch.ones(2), torch.ones(3)) == float("inf")
+    assert peers.relative_error(torch.ones(2), torch.ones(3)) == float("inf")
 
 
 def test_a_step_by_separate_kernels_is_judged_too() -> None:
     case = Case("step", "step", SMALL, batch=3, state="bf16")
     inputs = make_sets(case, torch.device(DEVICE), 0)[0]
-    truth, bound = check.exact(case, inputs), ours.separate(case, inputs)
+    truth, bound = peers.exact(case, inputs), peers.separate(case, inputs)
     assert bound is not None
     bound.call()
-    assert check.judge(truth, bound.results())[1] == ""
-    assert ours.separate(Case("norm", "norm", SMALL, batch=7), inputs) is None
+    assert peers.judge(truth, bound.results())[1] == ""
+    assert peers.separate(Case("norm", "norm", SMALL, batch=7), inputs) is None
 
 
 @pytest.mark.parametrize("part", ["", " core"])
@@ -120,11 +119,11 @@ def test_a_step_by_separate_kernels_is_judged_too() -> None:
 def test_a_layer_is_not_judged_here(size: dict[str, Any], part: str) -> None:
     case = Case("layer", "layer", SMALL, ("prefill" if "sequences" in size else "decode") + part, **size)
     inputs = make_sets(case, CPU, 0)[0]
-    assert check.exact(case, inputs) == {}
+    assert peers.exact(case, inputs) == {}
     with torch.no_grad():
-        bound = ours.bind(case, inputs)
+        bound = peers.ours(case, inputs)
         bound.call()
-        assert check.judge({}, bound.results()) == (None, "")
+        assert peers.judge({}, bound.results()) == (None, "")
     assert nbytes(inputs) > sum(p.nbytes for p in inputs["layer"].parameters())
 
 

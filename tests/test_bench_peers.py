@@ -13,10 +13,9 @@ import pytest
 import torch
 
 import gated_delta as gd
-from gated_delta.bench import check, peers
+from gated_delta.bench import peers
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.inputs import make_sets
-from gated_delta.bench.peers import fla
 from gated_delta.errors import OptionError
 
 SMALL = Heads(2, 4, 32, 64)
@@ -156,13 +155,13 @@ OF_PEERS = {
 @pytest.mark.usefixtures("fakes")
 def test_adapters_speak_their_peers_language(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given functions of the peers' arguments, every adapter gives right results."""
-    monkeypatch.setattr(fla, "on_gpu", lambda x: True)
+    monkeypatch.setattr(peers, "on_gpu", lambda x: True)
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
-    truth = check.exact(case, inputs)
+    truth = peers.exact(case, inputs)
     bound = peers.bind(name, case, inputs)
     assert bound is not None
     bound.call()
-    assert check.judge(truth, bound.results())[1] == ""
+    assert peers.judge(truth, bound.results())[1] == ""
 
 
 @pytest.mark.usefixtures("fakes")
@@ -170,11 +169,11 @@ def test_adapters_speak_their_peers_language(name: str, case: Case, monkeypatch:
 def test_references_on_the_cpu(name: str) -> None:
     case = Case("x", "prefill", SMALL, sequences="33x3")
     inputs = make_sets(case, torch.device("cpu"), 0)[0]
-    truth = check.exact(case, inputs)
+    truth = peers.exact(case, inputs)
     bound = peers.bind(name, case, inputs)
     assert bound is not None
     bound.call()
-    assert check.judge(truth, bound.results())[1] == ""
+    assert peers.judge(truth, bound.results())[1] == ""
     ragged = replace(case, sequences="33+4")
     assert peers.bind(name, ragged, make_sets(ragged, torch.device("cpu"), 0)[0]) is None
 
@@ -188,7 +187,7 @@ def test_references_on_the_cpu(name: str) -> None:
      ("fla", Case("x", "decode", FULL, "pool", batch=1, state="bf16")), ("fla", UPDATE)],
 )  # fmt: skip
 def test_adapters_pass_on_what_their_peer_cannot_do(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fla, "on_gpu", lambda x: True)
+    monkeypatch.setattr(peers, "on_gpu", lambda x: True)
     assert peers.bind(name, case, make_sets(case, torch.device("cpu"), 0)[0]) is None
 
 

@@ -18,7 +18,7 @@ from gated_delta import cli
 from gated_delta.bench import cases, peers, records, run
 from gated_delta.bench import cli as bench_cli
 from gated_delta.bench.cases import Case, Heads
-from gated_delta.bench.peers.fla import TRANSFORMERS
+from gated_delta.bench.peers import TRANSFORMERS
 from gated_delta.bench.records import Row
 from gated_delta.bench.run import STARTING, Bench, BenchError, Step, Worker
 from test_cli import Result

@@ -17,10 +17,8 @@ from rich.console import Console
 
 from gated_delta import cli, dispatch
 from gated_delta.errors import OptionError
-from gated_delta.model.config import HybridConfig
 from gated_delta.model.generation import Options, Summary, generate, score
-from gated_delta.model.network import HybridLM, load_model
-from gated_delta.model.session import Session
+from gated_delta.model.network import HybridConfig, HybridLM, Session, load_model
 from gated_delta.testing.budget import Verdict
 from gated_delta.testing.selftest import CASES, Case
 from test_validation import assert_fault

@@ -131,7 +131,7 @@ def test_prefill_and_layer(build: Callable[..., Kernels]) -> None:
     for kernel in kernels.values():
         apart = kernel["case"] == "conv update, columns together"
         assert apart or count(kernel, "LDG", "128") > 0, kernel["case"]
-        if kernel["kernel"] in ("prepare", "chain"):
+        if kernel["kernel"] in ("prepare", "chain") and kernel["case"] != "fp32":  # that goes token by token
             assert count(kernel, "HMMA") + count(kernel, "HGMMA") > 0, kernel["case"]
 
 

@@ -40,16 +40,14 @@ def test_no_function_or_file_is_too_long(path: Path) -> None:
     assert not long
 
 
-@pytest.mark.xfail(
-    reason="The alarm rings. What is known to be left is features: the portable fp32 prefill, the gates operator"
-)
+@pytest.mark.xfail(reason="The alarm rings. What is known to be left is features: the gates operator, two warm-ups")
 def test_the_package_is_small() -> None:
     assert lines_of_the_package() < 10_000
 
 
 def test_the_package_grows_no_further() -> None:
     """Until it is small again, and this test goes."""
-    assert lines_of_the_package() < 10_240
+    assert lines_of_the_package() < 10_085
 
 
 def lines_of_the_package() -> int:

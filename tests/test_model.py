@@ -21,7 +21,6 @@ from torch import Tensor
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.errors import OptionError
 from gated_delta.layer import GatedDeltaNetAttention
-from gated_delta.model.config import HybridConfig
 from gated_delta.model.generation import (
     LONGEST_MATCH,
     ROWS,
@@ -33,8 +32,7 @@ from gated_delta.model.generation import (
     look_up,
     score,
 )
-from gated_delta.model.network import Block, HybridLM, load_model
-from gated_delta.model.session import Session
+from gated_delta.model.network import Block, HybridConfig, HybridLM, Session, load_model
 from gated_delta.testing.budget import assert_within_budget, judge
 from layer_helpers import normal
 

@@ -17,8 +17,8 @@ from gated_delta.errors import ArgumentError, DataError, DtypeError, OptionError
 from gated_delta.layer import GatedDeltaNetAttention
 from gated_delta.prefill import gates
 from gated_delta.state import StatePool
-from gated_delta.testing.inputs import Inputs, to_device
-from helpers import DEVICE, nans, normal, same_bits, starts
+from gated_delta.testing.inputs import Inputs
+from helpers import DEVICE, copied, nans, normal, same_bits, starts
 
 pytest.importorskip("triton")
 D, SLOTS = 24, torch.tensor([2, 0], dtype=torch.int32)
@@ -68,7 +68,7 @@ every_operator = pytest.mark.parametrize("name", OPERATORS)
 def run(name: str, **changes: Any) -> list[Tensor]:
     """What the operator returns, then its tensors: what it wrote is among them."""
     operator, inputs = OPERATORS[name]
-    given = to_device(inputs(**changes), DEVICE)
+    given = copied(inputs(**changes))
     result = operator(**given)
     return [
         *(result if isinstance(result, tuple) else (result,)),
@@ -115,7 +115,7 @@ def test_what_is_given_to_be_written_is_returned(judged: list[str]) -> None:
     for make, name in ((nans(5, 2, 32), "rms_norm_gated"), (nans(2, 2, 32), "gated_delta_net_step")):
         expected, outputs = run(name), [make.clone().to(DEVICE) for _ in range(2)]
         for output in outputs:
-            assert OPERATORS[name][0](**to_device(OPERATORS[name][1](), DEVICE), output=output) is output
+            assert OPERATORS[name][0](**copied(OPERATORS[name][1]()), output=output) is output
             assert same_bits(output, expected[0])
     assert judged == ["rms_norm_gated"] * 2 + ["gated_delta_net_step"] * 2
 

@@ -15,10 +15,8 @@ from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.errors import BackendError, DataError, DtypeError, LayoutError, OptionError, ShapeError
 from gated_delta.layer import GatedDeltaNetAttention
-from gated_delta.model.config import HybridConfig
 from gated_delta.model.generation import Options
-from gated_delta.model.network import load_model, weights_facts
-from gated_delta.model.session import Session
+from gated_delta.model.network import HybridConfig, Session, load_model, weights_facts
 from gated_delta.state import StatePool
 from gated_delta.testing.inputs import prefill_inputs, recurrent_inputs
 

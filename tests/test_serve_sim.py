@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import csv
 import sys
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType, _profiler_enabled
+from torch.autograd.profiler_util import FunctionEvent
 
 import serve_sim
 from gated_delta.bench import peers
@@ -143,19 +146,80 @@ def test_steps_are_the_same_with_anybodys_kernels(monkeypatch: pytest.MonkeyPatc
     assert len(again.steps) >= len(ours.steps)
 
 
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str], Counter[str]]:
+    """How often the parts' functions were called in steps that were profiled, and how many ranges there were."""
+    calls, ranges = Counter[str](), Counter[str]()
+
+    def counted(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls[part] += _profiler_enabled()
+            return function(*args, **kwargs)
+
+        return count
+
+    for room in (sys.modules[GatedDeltaNetAttention.__module__], serve_sim):
+        for name in serve_sim.MARKED.keys() & vars(room):
+            monkeypatch.setattr(room, name, counted(serve_sim.MARKED[name], vars(room)[name]))
+
+    def parts(profiler: Any, real: Any = serve_sim.parts) -> Counter[str]:
+        ranges.update(event.name for event in profiler.events() if event.name in serve_sim.MARKED.values())
+        return real(profiler)
+
+    monkeypatch.setattr(serve_sim, "parts", parts)
+    return calls, ranges
+
+
+@pytest.mark.parametrize("swap", [None, "a peer"])
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_parts_of_a_step(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_step(
+    drafts: int, swap: str | None, ran: tuple[Counter[str], Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that ran is among them, whoever serves the rule."""
     monkeypatch.setattr(serve_sim, "PROFILED", 2)
-    served = Watched(TRACE[:4], Swap("a peer"), drafts=drafts)
+    served = Watched(TRACE[:4], None if swap is None else Swap(swap), drafts=drafts)
     found = served.run()
     assert served.profiled == len(served.steps) // 2
     timed = served.steps[::2]
     assert served.tokens == sum(kept for step in timed for _, _, kept in step)
     parts = {name.removesuffix(" us"): us for name, us in found.items() if name.endswith(" us")}
-    assert {"projections", "convolution", "gates", "rule", "norm", "translation", "other"} <= set(parts)
-    assert ("fused step" in parts) == (drafts > 0)
+    expected = {"projections", "convolution", "gates", "rule", "norm", "other"}
+    expected |= {"fused step"} if swap is None or drafts else set()
+    assert set(parts) == expected | ({"translation"} if swap else set())
     assert all(us > 0 for us in parts.values())
     assert 0 < found["p50 ms"] <= found["p99 ms"]
+    calls, ranges = ran
+    if swap:  # by a range, not by a function
+        assert ranges.pop("rule") > 0
+    assert calls == ranges
+    assert set(calls) == (expected - {"projections", "other"} - ({"rule"} if swap else set()))
+
+
+def test_a_kernel_counts_where_it_was_launched() -> None:
+    """Ours have no operator of torch's around them, and share numbers with operators that have nothing to do with them.
+    The threads of launches are other numbers, too.
+    """
+
+    def event(name: str, start: float, end: float, above: FunctionEvent | None = None, **more: Any) -> FunctionEvent:
+        made = FunctionEvent(**{"id": 0, "name": name, "thread": 1, "start_us": start, "end_us": end, **more})
+        if above is not None:
+            made.set_cpu_parent(above)
+        return made
+
+    def work(number: int, us: float, name: str = "kernel", **more: Any) -> FunctionEvent:
+        return event(name, 200 + number, 200 + number + us, id=number, device_type=DeviceType.CUDA, **more)
+
+    step = event("step", 0, 100, id=1)
+    linear, rule = event("aten::linear", 1, 10, step, id=7), event("rule", 50, 70, step, id=5)
+    host = [
+        step, linear, event("cudaLaunchKernel", 4, 5, linear, id=40), event("fused step", 20, 40, step, id=2),
+        event("cuLaunchKernelEx", 25, 26, id=7, thread=9), rule, event("norm", 55, 65, rule, id=6),
+        event("cuLaunchKernelEx", 60, 61, id=8, thread=9), event("cudaMemcpyAsync", 80, 81, step, id=9),
+    ]  # fmt: skip
+    device = [work(40, 3), work(7, 5), work(2, 5, "fused step", is_user_annotation=True), work(8, 4), work(9, 2)]
+    given: Any = SimpleNamespace(events=lambda: [*host, *device, work(99, 1)])
+    expected = {"projections": 3, "fused step": 5, "rule": 4, "other": 2, "unknown": 1}
+    assert serve_sim.parts(given) == expected
 
 
 def test_late_requests_are_waited_for() -> None:

@@ -15,7 +15,7 @@ from gated_delta.errors import BackendError, DataError, DtypeError, LayoutError,
 from gated_delta.testing import oracle
 from gated_delta.testing.budget import assert_within_budget
 from gated_delta.validation import operators
-from helpers import DEVICE, nans, normal, same_bits, starts, strided
+from helpers import DEVICE, copied, nans, normal, same_bits, starts, strided
 
 pytest.importorskip("triton")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -88,16 +88,6 @@ def call(
         return {**given, "state_indices": strided(index[:, 0].tolist(), torch.int32)}
     accepted = torch.arange(rows) % (drafts + 1) + 1
     return {**given, "state_indices": index.int(), "cu_seqlens": starts(lengths), "num_accepted_tokens": accepted}
-
-
-def copied(given: dict[str, Any]) -> dict[str, Any]:
-    """Pools of their own, with their strides."""
-
-    def copy(x: Tensor) -> Tensor:
-        memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).clone()
-        return memory.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())
-
-    return {name: copy(x) if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
 class Result(NamedTuple):
@@ -311,14 +301,14 @@ def test_a_call_like_another_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> 
     outputs = [gd.gated_delta_net_step(**copied(given)) for _ in range(3)]
     assert len(asked) == 1
     assert all(same_bits(x, outputs[0]) for x in outputs)
-    gd.gated_delta_net_step(**{**given, "eps": 1e-5})
-    gd.gated_delta_net_step(**{**given, "tickets": None})
+    gd.gated_delta_net_step(**copied({**given, "eps": 1e-5}))
+    gd.gated_delta_net_step(**copied({**given, "tickets": None}))
     with gd.checked():
-        gd.gated_delta_net_step(**given)
+        gd.gated_delta_net_step(**copied(given))
     assert len(asked) == 4
     for _ in range(2):
         with pytest.raises(ShapeError, match="norm_weight is of shape"):
-            gd.gated_delta_net_step(**{**given, "norm_weight": torch.ones(31)})
+            gd.gated_delta_net_step(**copied({**given, "norm_weight": torch.ones(31)}))
 
 
 @pytest.mark.parametrize(

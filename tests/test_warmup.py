@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import gated_delta as gd
+from gated_delta import library
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.errors import OptionError, WarmupError
+from gated_delta.interop import fla, transformers
 
 module = sys.modules["gated_delta.warmup"]
 CONFIG = GatedDeltaNetConfig(hidden_size=64, num_k_heads=2, num_v_heads=4, head_k_dim=32, head_v_dim=32)
@@ -31,9 +33,41 @@ def test_every_size_of_batch() -> None:
 @pytest.mark.parametrize("num_spec", [0, 2])
 def test_every_case_runs(num_spec: int) -> None:
     cases = module._cases(shapes(num_spec=num_spec))
-    assert len(cases) == (23 if num_spec else 15)
+    assert len(cases) == (25 if num_spec else 17)
     for case in cases:
         case()
+
+
+def by_plug_ins(device: str) -> None:
+    """A token of three rows, of a cache of either layout, as the layers of Transformers and FLA ask for it: the
+    logarithm of alpha in fp32, beta as the activations are.
+    """
+    q, k, v = (torch.randn(3, 1, heads, 32, device=device).bfloat16() for heads in (2, 2, 4))
+    state, g = torch.zeros(3, 4, 32, 32, device=device), -torch.rand(3, 1, 4, device=device)
+    beta = g.exp().bfloat16()
+    for initial in (state, state.mT):
+        transformers._recurrent(q, k, v, g, beta, initial, True, True)
+    fla.fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, initial_state=state, use_qk_l2norm_in_kernel=True)
+
+
+@EXPANDED
+def test_a_token_of_the_plug_ins_is_among_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all that a kernel is compiled for, sizes and the scale left out."""
+    asked: list[tuple[Any, ...]] = []
+
+    def look(*args: Any) -> None:
+        kinds = (x.dtype if isinstance(x, torch.Tensor) else x for x in args)
+        asked.append(tuple(x for x in kinds if not isinstance(x, float)))
+
+    monkeypatch.setattr(library, "recurrent", look)
+    for case in module._cases(shapes(state_dtype=torch.float32)):
+        if case.func is module._recurrent:
+            case()
+    warmed = set(asked)
+    asked.clear()
+    by_plug_ins("cpu")
+    assert len(asked) == 3
+    assert set(asked) <= warmed
 
 
 def test_processes_share_the_cases() -> None:
@@ -97,4 +131,5 @@ def test_afterwards_nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
         **rows, **gates, state=None, A_log=torch.zeros(4, device="cuda"), dt_bias=torch.zeros(4, device="cuda"),
         initial_state=pool, initial_state_indices=torch.arange(3, device="cuda", dtype=torch.int32),
     )  # fmt: skip
+    by_plug_ins("cuda")
     assert compiled == []

@@ -1,7 +1,5 @@
 """What a step holds: which tokens belong to which sequence, and which slots these read and write."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -95,17 +93,12 @@ class GatedDeltaNetBatch:
         args.bind("spec", spec, "num_spec_decodes")
         args.bind("P", total - self.num_spec_decode_tokens, "the counts of tokens")
         args.bind("S", self.num_spec_decode_tokens, "num_spec_decode_tokens")
-        mixed = spec > 0 and rows > 0
-        for name, shape, needed in (
-            ("non_spec_query_start_loc", "rows+1", rows),
-            ("non_spec_state_indices", "rows", rows),
-            ("spec_query_start_loc", "spec+1", spec),
-            ("spec_state_indices", "spec *", spec),
-            ("num_accepted_tokens", "spec", spec),
-            ("non_spec_token_index", "P", mixed),
-            ("spec_token_index", "S", mixed),
+        for needed, shapes in (
+            (rows, {"non_spec_query_start_loc": "rows+1", "non_spec_state_indices": "rows"}),
+            (spec, {"spec_query_start_loc": "spec+1", "spec_state_indices": "spec *", "num_accepted_tokens": "spec"}),
+            (spec and rows, {"non_spec_token_index": "P", "spec_token_index": "S"}),
         ):
-            if needed:
+            for name, shape in shapes.items() if needed else ():
                 args.tensor(name, getattr(self, name), shape, INDICES, any_stride=True)
         if rows:
             known = self.has_initial_state
@@ -130,7 +123,7 @@ class GatedDeltaNetBatch:
     @classmethod
     def build(
         cls, rows: Sequence[Row | SpecRow], *, num_spec: int = 0, device: torch.device | str = "cpu"
-    ) -> GatedDeltaNetBatch:
+    ) -> "GatedDeltaNetBatch":
         """Describe ``rows`` whose tokens stand in this order.
 
         Raises:
@@ -154,12 +147,9 @@ class GatedDeltaNetBatch:
             index[isinstance(row, SpecRow)] += range(end - row.tokens, end)
         padded = [[*row.slots, *[-1] * (num_spec + 1 - len(row.slots))] for row in spec]
         return cls(
-            num_prefills=len(plain) - decodes,
-            num_prefill_tokens=len(index[False]) - decodes,
-            num_decodes=decodes,
-            num_decode_tokens=decodes,
-            num_spec_decodes=len(spec),
-            num_spec_decode_tokens=len(index[True]),
+            num_prefills=len(plain) - decodes, num_prefill_tokens=len(index[False]) - decodes,
+            num_decodes=decodes, num_decode_tokens=decodes,
+            num_spec_decodes=len(spec), num_spec_decode_tokens=len(index[True]),
             num_actual_tokens=len(index[False]) + len(index[True]),
             has_initial_state=tensor([not row.fresh for row in plain], torch.bool),
             non_spec_query_start_loc=tensor([*accumulate((row.tokens for row in plain), initial=0)]),
@@ -169,7 +159,7 @@ class GatedDeltaNetBatch:
             spec_token_index=tensor(index[True]) if spec else None,
             non_spec_token_index=tensor(index[False]) if spec else None,
             num_accepted_tokens=tensor([row.accepted for row in spec]) if spec else None,
-        )
+        )  # fmt: skip
 
 
 def _is_decode(row: Row) -> bool:

@@ -1,7 +1,5 @@
 """The shape of a Gated Delta Net layer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,7 +55,7 @@ class GatedDeltaNetConfig:
         args.word("output_gate", self.output_gate, ("silu", "swish", "sigmoid"), '"silu", "swish" or "sigmoid"')
 
     @classmethod
-    def from_hf(cls, config: Any) -> GatedDeltaNetConfig:
+    def from_hf(cls, config: Any) -> "GatedDeltaNetConfig":
         """The layer of a published model: of a Transformers config, or of what its ``config.json`` holds.
 
         Args:
@@ -83,19 +81,15 @@ class GatedDeltaNetConfig:
         hidden, key_heads = field("hidden_size"), field("linear_num_key_heads", heads)
         key = field("linear_key_head_dim", int(0.75 * hidden / key_heads) if is_olmo else _NEEDED)
         return cls(
-            hidden_size=hidden,
-            num_k_heads=key_heads,
-            num_v_heads=field("linear_num_value_heads", heads),
-            head_k_dim=key,
-            head_v_dim=field("linear_value_head_dim", 2 * key if is_olmo else _NEEDED),
-            conv_width=field("linear_conv_kernel_dim"),
-            projection=_MODELS[kind],
+            hidden_size=hidden, num_k_heads=key_heads, num_v_heads=field("linear_num_value_heads", heads),
+            head_k_dim=key, head_v_dim=field("linear_value_head_dim", 2 * key if is_olmo else _NEEDED),
+            conv_width=field("linear_conv_kernel_dim"), projection=_MODELS[kind],
             norm_eps=_OLMO_EPS if is_olmo else field("rms_norm_eps"),
             output_gate=field("output_gate_type", field("hidden_act", "silu")),
             allow_neg_eigval=is_olmo and field("linear_allow_neg_eigval", True),
-        )
+        )  # fmt: skip
 
-    def shard(self, size: int) -> GatedDeltaNetConfig:
+    def shard(self, size: int) -> "GatedDeltaNetConfig":
         """The part of one of ``size`` ranks that share the heads.
 
         Raises:

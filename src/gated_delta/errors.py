@@ -1,7 +1,5 @@
 """Every error this package raises about its inputs: which argument, what it was, what it must be."""
 
-from __future__ import annotations
-
 
 class GatedDeltaError(Exception):
     """Base of all errors raised by gated_delta."""
@@ -14,7 +12,7 @@ class ArgumentError(GatedDeltaError):
         self.where, self.argument, self.was, self.must = where, argument, was, must
         super().__init__(f"{where}: {argument} is {was}; it must be {must}")
 
-    def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str, object, str]]:
+    def __reduce__(self) -> tuple[type["ArgumentError"], tuple[str, str, object, str]]:
         return type(self), (self.where, self.argument, self.was, self.must)
 
 

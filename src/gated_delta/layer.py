@@ -1,7 +1,5 @@
 """GatedDeltaNetAttention: one Gated Delta Net layer, from hidden states to hidden states."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,12 +13,12 @@ from gated_delta import plans, reference
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d
+from gated_delta.decode import gated_delta_net_step
 from gated_delta.errors import ShapeError
 from gated_delta.norm import rms_norm_gated
 from gated_delta.parallel import Parallel
 from gated_delta.prefill import chunk_gated_delta_rule, gates
 from gated_delta.state import LayerState
-from gated_delta.step import gated_delta_net_step
 from gated_delta.validation import data
 from gated_delta.validation.arguments import FLOATS, Arguments
 
@@ -80,7 +78,7 @@ class Projected:
         x, head_k = self.mixed
         return reference.by_part(x, head_k) if head_k else x
 
-    def of(self, tokens: Tensor | slice) -> Projected:
+    def of(self, tokens: Tensor | slice) -> "Projected":
         """Some of the tokens: everything that belongs to a token moves with it, its gates too."""
         return Projected(self.config, tuple(x[tokens] for x in self.outputs))
 
@@ -121,7 +119,7 @@ class GatedDeltaNetAttention(nn.Module):
         self.out_proj = nn.Linear(c.value_dim, hidden, bias=False)
         self._probed = 0
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedDeltaNetAttention:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedDeltaNetAttention":
         """Dtype casts leave ``A_log`` in fp32: rounded to bf16 it would move the decay by up to 0.7 %."""
         kept = self.A_log.detach()
         super()._apply(fn, recurse)

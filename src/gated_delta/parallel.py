@@ -120,11 +120,11 @@ def _parts(c: GatedDeltaNetConfig) -> dict[str, list[Part]]:
     heads = c.num_v_heads
 
     def joined(whole: str, apart: str) -> list[Part]:
-        found, first = [], 0
-        for name, rows in (("q", c.key_dim), ("k", c.key_dim), ("v", c.value_dim)):
-            found.append(Part(rows, (Home(whole, first, c.conv_dim), Home(apart.format(name), 0, rows))))
-            first += rows
-        return found
+        blocks = ("q", 0, c.key_dim), ("k", c.key_dim, c.key_dim), ("v", 2 * c.key_dim, c.value_dim)
+        return [
+            Part(rows, (Home(whole, first, c.conv_dim), Home(apart.format(name), 0, rows)))
+            for name, first, rows in blocks
+        ]
 
     def alone(rows: int, *names: str) -> list[Part]:
         return [Part(rows, tuple(Home(name, 0, rows) for name in names))]
@@ -137,9 +137,7 @@ def _parts(c: GatedDeltaNetConfig) -> dict[str, list[Part]]:
             "in_proj_qkvz.weight": alone(c.conv_dim + c.value_dim, "in_proj_qkvz.weight"),
             "in_proj_ba.weight": alone(2 * heads, "in_proj_ba.weight"),
         },
-        "flat": {
-            "in_proj_qkv.weight": qkv, "in_proj_z.weight": z, "in_proj_b.weight": b, "in_proj_a.weight": a
-        },
+        "flat": {"in_proj_qkv.weight": qkv, "in_proj_z.weight": z, "in_proj_b.weight": b, "in_proj_a.weight": a},
         "merged": {"in_proj_qkvz.weight": qkv + z, "in_proj_ba.weight": b + a},
     }  # fmt: skip
     return {

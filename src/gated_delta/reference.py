@@ -26,9 +26,6 @@ _PREPARED_ELEMENTS = 1 << 18
 enough that what is prepared is still in a cache when the scan reads it."""
 
 
-# --- gates and norms --------------------------------------------------------------------------------------------------
-
-
 def softplus(x: Tensor) -> Tensor:
     """``log(1 + e^x)`` without overflow, exact to rounding for every finite ``x``."""
     return 0.5 * x + 0.5 * x.abs() + torch.log1p(torch.exp(-x.abs()))  # not clamp: its gradient at 0 is 1
@@ -87,9 +84,6 @@ def rms_norm_gated(
     return normed * weight.to(dtype) * activate(z.to(dtype), activation)
 
 
-# --- causal convolution over packed sequences -------------------------------------------------------------------------
-
-
 def by_part(x: Tensor, head_k: int) -> Tensor:
     """Channels grouped by key head, ``[L, H, 2 head_k + values]`` -> all of q, then k, then v: ``[L, D]``."""
     return torch.cat([y.flatten(1) for y in x.split((head_k, head_k, x.shape[2] - 2 * head_k), dim=-1)], dim=-1)
@@ -118,9 +112,6 @@ def causal_conv1d(rows: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | N
     for tap in range(width):
         y = y + rows.index_select(0, tokens - (width - 1 - tap)) * weight[:, tap]
     return activate(y, activation)
-
-
-# --- the rule, token by token -----------------------------------------------------------------------------------------
 
 
 def expand_heads(x: Tensor, heads: int, dim: int = -2) -> Tensor:
@@ -157,9 +148,6 @@ def recurrent(
         if keep_every and (t + 1) % keep_every == 0:
             kept.append(state)
     return torch.cat(outputs, dim=1), state, kept
-
-
-# --- the rule, by chunks ----------------------------------------------------------------------------------------------
 
 
 def _prepare(

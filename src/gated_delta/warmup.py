@@ -160,27 +160,28 @@ def _cases(s: _Shapes) -> list[Callable[[], object]]:
             cases += [partial(_recurrent, s, s.num_spec + 1, given, "pool", form) for form in kept]
         for form in (("pool",), (), ("K-major",)):
             cases.append(partial(_recurrent, s, 1, given, "final", *form))
+    cases += [partial(_recurrent, s, 1, False, "final", "ready", *form) for form in ((), ("K-major",))]
     return [*cases, partial(_around, s)]
 
 
 def _recurrent(s: _Shapes, steps: int, given: bool, *form: str) -> None:
     """Decode or several tokens at every size of batch, into a given output or one that is allocated. ``form``: states
-    in a "pool", "K-major" ones, and what is kept.
+    in a "pool", "K-major" ones, and what is kept; "ready" gates, as the layers of Transformers and FLA have them.
 
     All rows share one state, which the operators would refuse and nobody reads: the memory for more may be taken.
     """
-    c, pooled, v_first = s.config, "pool" in form, "K-major" not in form
+    c, pooled, v_first, ready = s.config, "pool" in form, "K-major" not in form, "ready" in form
     backend = s.backend("gated_delta_rule_mtp")
     last = (c.head_v_dim, c.head_k_dim) if v_first else (c.head_k_dim, c.head_v_dim)
     state = s.empty(1, c.num_v_heads, *last, dtype=s.state_dtype)
-    per_head = s.empty(c.num_v_heads, dtype=torch.float32)
+    per_head = None if ready else s.empty(c.num_v_heads, dtype=torch.float32)
     for rows in s.batches:
         q, v = (s.empty(rows, steps, *h) for h in ((c.num_k_heads, c.head_k_dim), (c.num_v_heads, c.head_v_dim)))
         gates, index = s.empty(rows, steps, c.num_v_heads), torch.zeros(rows, steps, dtype=torch.int32, device=s.device)
         library.recurrent(
-            q, q, v, state.expand(rows, -1, -1, -1), v_first, per_head, gates, per_head, gates, 1.0, True,
-            c.allow_neg_eigval, index[:, 0] if pooled else None, -1, "final" in form, None,
-            index if "slots" in form else None,
+            q, q, v, state.expand(rows, -1, -1, -1), v_first, per_head, gates.float() if ready else gates, per_head,
+            gates, 1.0, True, c.allow_neg_eigval and not ready, index[:, 0] if pooled else None, -1, "final" in form,
+            None, index if "slots" in form else None,
             state[None].expand(rows, steps, -1, -1, -1) if "snapshots" in form else None, torch.empty_like(v),
             not given, backend,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from typer.core import TyperGroup
 
-from gated_delta.bench import cases, machine, peers, records, report
+from gated_delta.bench import cases, machine, peers, records
 from gated_delta.bench.run import Bench
 from gated_delta.errors import OptionError
 
@@ -111,7 +111,7 @@ def run_command(
         rows = [*found, *absentees]
         if out is not None:  # a run that is cut off leaves what it has
             records.write(out / "bench.csv", rows)
-    console.print(report.tables(rows))
+    console.print(records.tables(rows))
     if out is not None:
         _say(f"written: {out / 'bench.csv'}")
 
@@ -126,4 +126,4 @@ def compare_command(
     after: Annotated[Path, existing_file("B.csv")],
 ) -> None:
     """Our times in B, with those in A beside them: below 1 in the last column it got slower."""
-    console.print(report.tables(records.compared(records.read(before), records.read(after))))
+    console.print(records.tables(records.compared(records.read(before), records.read(after))))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gated_delta.bench import check, floors, peers, timing
+from gated_delta.bench import floors, peers, timing
 from gated_delta.bench.cases import Case
 from gated_delta.bench.inputs import make_sets
 from gated_delta.bench.machine import clocks
@@ -69,14 +69,14 @@ class Worker:
         sets, truth, case = [], {}, self.case
         with self._step("", "making inputs and reference"):
             sets = make_sets(case, self.device, 0 if case.group == "host" else timing.cache_bytes(self.device))
-            truth = check.exact(case, sets[0])
+            truth = peers.exact(case, sets[0])
         for name in self.peers if sets else ():
             with self._step(name, "check"):
                 once = peers.bind(name, case, make_sets(case, self.device, 0)[0])  # which it may change
                 if once is None:
                     continue
                 once.call()
-                error, fault = check.judge(truth, once.results())
+                error, fault = peers.judge(truth, once.results())
                 self._rows[name] = row_of(case, name, status="wrong" if fault else "ok", error=error, note=fault)
                 if not fault:
                     calls = [bound.call for x in sets if (bound := peers.bind(name, case, x)) is not None]

@@ -4,8 +4,6 @@ SGLang keeps projections, pools, metadata, a prefill's gates and the gated norm.
 asks for, and the convolution before that. States stay in its pools, by its slots; negative ones are padding.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import logging
 from collections import Counter

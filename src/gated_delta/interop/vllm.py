@@ -3,8 +3,6 @@
 vLLM keeps projections, weights, caches and metadata; this is what one operator between the projections does.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import warnings

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gated_delta.errors import OptionError
-from gated_delta.model.network import HybridLM
-from gated_delta.model.session import Session
+from gated_delta.model.network import HybridLM, Session
 
 LONGEST_MATCH, SHORTEST_MATCH = 12, 3
 ROWS = 64

@@ -244,9 +244,8 @@ def _constants(weight: Tensor, activate: bool, channels: int) -> dict[str, Any]:
 
 def bound_causal_conv1d(call: CausalConv1d) -> Start:
     launches = Launches(*tensors(call))
-    x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state, activate, null_slot, head_k, output = (
-        call
-    )
+    x, weight, bias, conv_states, cu_seqlens, state_indices, has_initial_state = call[:7]
+    activate, null_slot, head_k, output = call[7:]
     rows, (tokens, channels) = len(cu_seqlens) - 1, output.shape
     if rows == 0:  # the kernel looks up a row of padding, too
         state_indices = None
@@ -255,19 +254,14 @@ def bound_causal_conv1d(call: CausalConv1d) -> Start:
     span = _MASK
     while span > 8 and -(-tokens // span) * blocks < _PROGRAMS:
         span //= 2
-    launches.add(
-        _prefill_kernel,
-        ((rows - (-tokens // span)) * blocks,),
-        (
-            x, *(x.stride()[:2] if head_k else (x.stride(0), 0)), weight, *weight.stride(), bias, conv_states,
-            *strides(conv_states, 0, 1, 2), cu_seqlens,
-            cu_seqlens.stride(0), state_indices, *strides(state_indices, 0), has_initial_state,
-            *strides(has_initial_state, 0), output, null_slot, rows, tokens, channels,
-            power_of_2(rows) // 2, span,
-        ),
-        {"H": x.shape[1] if head_k else 0, "K": head_k, "C": x.shape[-1], **constants, "SIZE": _MASK},
-        warps=1,
+    constants |= {"H": x.shape[1] if head_k else 0, "K": head_k, "C": x.shape[-1], "SIZE": _MASK}
+    args = (
+        x, *(x.stride()[:2] if head_k else (x.stride(0), 0)), weight, *weight.stride(), bias, conv_states,
+        *strides(conv_states, 0, 1, 2), cu_seqlens, cu_seqlens.stride(0), state_indices, *strides(state_indices, 0),
+        has_initial_state, *strides(has_initial_state, 0), output, null_slot, rows, tokens, channels,
+        power_of_2(rows) // 2, span,
     )  # fmt: skip
+    launches.add(_prefill_kernel, ((rows - (-tokens // span)) * blocks,), args, constants, warps=1)
     return launches.bound()
 
 
@@ -284,15 +278,10 @@ def bound_causal_conv1d_update(call: CausalConv1dUpdate) -> Start:
     # thread keep the lanes of a warp close.
     channels, warps = (2 * _VECTORS // x.element_size(), 2) if conv_states.stride(1) == 1 else (256, 4)
     constants = _constants(weight, activate, channels)
-    launches.add(
-        _update_kernel,
-        (programs, -(-x.shape[-1] // constants["BD"])),
-        (
-            x, *x_strides, conv_states, *conv_states.stride(), weight, *weight.stride(), bias, state_indices,
-            *strides(state_indices, 0), accepted, *strides(accepted, 0), cu_seqlens,
-            *strides(cu_seqlens, 0), output, *o_strides, null_slot, rows, tokens, x.shape[0], x.shape[-1],
-        ),
-        constants,
-        warps=warps,
+    args = (
+        x, *x_strides, conv_states, *conv_states.stride(), weight, *weight.stride(), bias, state_indices,
+        *strides(state_indices, 0), accepted, *strides(accepted, 0), cu_seqlens, *strides(cu_seqlens, 0), output,
+        *o_strides, null_slot, rows, tokens, x.shape[0], x.shape[-1],
     )  # fmt: skip
+    launches.add(_update_kernel, (programs, -(-x.shape[-1] // constants["BD"])), args, constants, warps=warps)
     return launches.bound()

@@ -58,11 +58,7 @@ def bound_rms_norm_gated(call: RmsNormGated) -> Start | None:
     rows, size = outer * inner, x.shape[-1]
     block = power_of_2(max(1, size))
     together = max(1, _ELEMENTS // block)
-    launches.add(
-        _norm_kernel,
-        (-(-rows // together) if size else 0,),
-        (x, x_outer, x_inner, z, z_outer, z_inner, weight, output, eps, rows, inner, size),
-        {"BV": block, "BR": together, "SILU": activation != "sigmoid"},
-        warps=4,
-    )
+    args = (x, x_outer, x_inner, z, z_outer, z_inner, weight, output, eps, rows, inner, size)
+    constants = {"BV": block, "BR": together, "SILU": activation != "sigmoid"}
+    launches.add(_norm_kernel, (-(-rows // together) if size else 0,), args, constants, warps=4)
     return launches.bound()

@@ -11,7 +11,6 @@ from gated_delta.errors import BackendError
 from gated_delta.kernels.triton.launch import Launches, Start, power_of_2, strides
 from gated_delta.kernels.triton.prefill_chain import chain
 from gated_delta.kernels.triton.prefill_prepare import CHUNK, VECTORS, prepare
-from gated_delta.kernels.triton.prefill_tokens import by_tokens
 from gated_delta.library import Prefill, tensors
 
 
@@ -73,23 +72,21 @@ def bound_prefill(call: Prefill) -> Start:
         raise BackendError("chunk_gated_delta_rule", "cu_seqlens", was, must)
     gates = {"NORM": call.use_qk_l2norm, "LOG": call.log_gates}
     ratios = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
-    before: tuple[Tensor | None, ...]
     if q.dtype == torch.float32:
-        before, behind = (call.g, call.beta), (*strides(call.g, 0), *strides(call.beta, 0))
-        kernel, tiles = by_tokens, TOKENS
+        tiles, g, beta, work, vectors = TOKENS, call.g, call.beta, None, None
     else:
         limits = _shared_memory(q.device), _processors(q.device)
         tiles = chain_tiles(head_k, head_v, count * heads, total <= count * CHUNK, *limits)
-        kernel, behind = chain, ()
-        before, gates = _prepared(call, launches, ratios, gates), {}
+        g, beta, (work, vectors) = None, None, _prepared(call, launches, ratios, gates)
+        gates = dict.fromkeys(gates, False)
     args = (
-        q, k, v, *before, cu_seqlens, call.state_indices, source, call.has_initial_state, call.final_state,
-        call.checkpoints, call.checkpoint_starts, output, call.scale, call.null_slot, total, count,
+        q, k, v, g, beta, work, vectors, cu_seqlens, call.state_indices, source, call.has_initial_state,
+        call.final_state, call.checkpoints, call.checkpoint_starts, output, call.scale, call.null_slot, total, count,
         call.checkpoint_every,
-        *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1), *strides(output, 0, 1),
-        *strides(cu_seqlens, 0), *strides(call.state_indices, 0), *strides(call.has_initial_state, 0),
-        *strides(call.checkpoint_starts, 0), *strides(source, 0, 1, 2), *strides(call.final_state, 0, 1, 2),
-        *strides(call.checkpoints, 0, 1, 2), *behind,
+        *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1), *strides(g, 0), *strides(beta, 0),
+        *strides(output, 0, 1), *strides(cu_seqlens, 0), *strides(call.state_indices, 0),
+        *strides(call.has_initial_state, 0), *strides(call.checkpoint_starts, 0), *strides(source, 0, 1, 2),
+        *strides(call.final_state, 0, 1, 2), *strides(call.checkpoints, 0, 1, 2),
     )  # fmt: skip
     constants = {
         **ratios, "RV": heads // v.shape[1], "K": head_k, "V": head_v, "BK": power_of_2(head_k),
@@ -97,7 +94,7 @@ def bound_prefill(call: Prefill) -> Start:
     }  # fmt: skip
     # Where padding is to be zero, one more sequence: the tokens behind the last.
     grid = (-(-head_v // tiles.columns), heads, count + call.zero_padding)
-    launches.add(kernel, grid, args, constants, warps=tiles.warps, stages=tiles.stages)
+    launches.add(chain, grid, args, constants, warps=tiles.warps, stages=tiles.stages)
     return launches.bound()
 
 

@@ -227,18 +227,14 @@ def bound_gated_delta_net_step(call: GatedDeltaNetStep) -> Start:
         "SEGMENT": segment, "BV": values, "NEG_EIGVAL": allow_neg_eigval, "SILU": activation != "sigmoid",
         "LINE": state.stride(-2), "MOST": most, "LANES": 32 * warps, "EVICT": "evict_first" if streamed else "",
     }  # fmt: skip
-    launches.add(
-        step_kernel,
-        ((rows + (cu_seqlens is not None)) * groups * ratio,),
-        (
-            q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, output, state_indices,
-            tickets, cu_seqlens, num_accepted_tokens, scale, eps, null_slot, by_row, by_column,
-            *strides(cu_seqlens, 0), *by_accepted, *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1, 2),
-            *strides(z, 0, 1, 2), *b.stride(), *a.stride(), *conv_states.stride(), *conv_weight.stride(),
-            *strides(state, 0, 1), *strides(output, 0, 1), *strides(tickets, 0), rows, tokens,
-        ),
-        constants,
-        warps=warps,
-        registers=128 if most == 1 and keys * values <= 2**14 else None,
+    args = (
+        q, k, v, z, b, a, conv_states, conv_weight, state, A_log, dt_bias, norm_weight, output, state_indices,
+        tickets, cu_seqlens, num_accepted_tokens, scale, eps, null_slot, by_row, by_column, *strides(cu_seqlens, 0),
+        *by_accepted, *strides(q, 0, 1), *strides(k, 0, 1), *strides(v, 0, 1, 2), *strides(z, 0, 1, 2), *b.stride(),
+        *a.stride(), *conv_states.stride(), *conv_weight.stride(), *strides(state, 0, 1), *strides(output, 0, 1),
+        *strides(tickets, 0), rows, tokens,
     )  # fmt: skip
+    grid = ((rows + (cu_seqlens is not None)) * groups * ratio,)
+    registers = 128 if most == 1 and keys * values <= 2**14 else None
+    launches.add(step_kernel, grid, args, constants, warps=warps, registers=registers)
     return launches.bound()

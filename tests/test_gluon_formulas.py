@@ -59,8 +59,10 @@ CHAIN = {
     "values in what a state becomes": Fault("keep_summary", "unit == 0", "True", BUDGET, part=128),
     "no unit matrix": Fault("keep_summary", "unit, 1.0", "unit, 0.0", BUDGET, gates="none", part=128),
     "wrong half of the unit matrix": Fault("keep_summary", "GROUP * 64 + ", "", BUDGET, gates="none", part=128),
-    "parts start a part early": Fault("chunks_of", "begin + before, part", "begin, part", BUDGET, part=128),
-    "the first part writes the last state": Fault("keep_all", "before + part >= length", "before == 0", BUDGET, part=128),
+    "parts start a part early": Fault("tokens_of", "begin + before", "begin", BUDGET, part=128),
+    "the first part writes the last state": Fault(
+        "keep_all", "before + part >= length", "before == 0", BUDGET, part=128
+    ),
 }
 GATES = {
     "gates behind the sequence": Fault("gates_of", "mask=row < length", "mask=row >= 0", f"memory|{BUDGET}"),
@@ -217,7 +219,9 @@ PLACES = {
     "X half a tile to the right": Fault("prepare", "0], sK", "64], sK", BUDGET),
     "P half a tile to the right": Fault("prepare", "0], sP", "32], sP", OUTPUT),
     "q in the place of X": Fault("prepare", "0], sK)", "0], sQ)", BUDGET),
-    "chunks of heads on each other": Fault("prepare", "place.to(gl.int64) * heads", "place.to(gl.int64)", BUDGET, gates="heads"),
+    "chunks of heads on each other": Fault(
+        "prepare", "place.to(gl.int64) * heads", "place.to(gl.int64)", BUDGET, gates="heads"
+    ),
     "X into the place of q": Fault("prepare", "sP, sK, room", "sP, sQ, room", BUDGET),
 }
 PRODUCTS = {

@@ -48,19 +48,16 @@ def job_of(jobs, job, GROUPS: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def chunks_of(jobs, job, GROUPS: gl.constexpr, PARTS: gl.constexpr):
-    """A job's head, the first of its values, its first chunk as prepared chunks are numbered, its first token, its
-    tokens, and its chunks: none of padding.
-    """
+def tokens_of(jobs, job, GROUPS: gl.constexpr, PARTS: gl.constexpr):
+    """A job's head, the first of its values, its sequence, its first token, and its tokens: none of padding."""
     head, values, _, sequence, slot, begin, _, before, part = job_of(jobs, job, GROUPS, PARTS)
-    part = gl.where(slot < 0, 0, gl.maximum(part, 0))
-    chunk = begin // 64 + sequence + before // 64
-    return head, values, chunk, begin + before, part, (part + 63) // 64
+    return head, values, sequence, begin + before, gl.where(slot < 0, 0, gl.maximum(part, 0))
 
 
 @gluon.jit
-def sources_of(given, head, values, token, RATIOS: gl.constexpr):
-    """q, k and v, and where a job's tiles of these begin."""
+def sources_of(given, tokens, RATIOS: gl.constexpr):
+    """q, k and v, and where their tiles of these tokens begin. RATIOS: state heads to a head of each."""
     q, k, v, q_head, k_head, v_head = given
+    head, values, _, first, _ = tokens
     q_column, k_column = narrow(head // RATIOS[0] * q_head), narrow(head // RATIOS[1] * k_head)
-    return q, k, v, q_column, k_column, narrow(head // RATIOS[2] * v_head + values), narrow(token)
+    return q, k, v, q_column, k_column, narrow(head // RATIOS[2] * v_head + values), narrow(first)

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from gated_delta.kernels.gluon.jobs import chunks_of, sources_of
+from gated_delta.kernels.gluon.jobs import sources_of, tokens_of
 from gated_delta.kernels.gluon.prepare import (
     FROM_K,
     VECTORS,
@@ -99,11 +99,11 @@ def load_all(jobs, given, made, tiles, signals, GROUPS: gl.constexpr, PARTS: gl.
     x, p, vectors, heads = made
     done = gl.to_tensor(0)
     for job in range(jobs[0], jobs[1], jobs[2]):
-        head, values, place, first, length, chunks = chunks_of(jobs, job, GROUPS, PARTS)
-        place = place * heads + head
+        tokens = tokens_of(jobs, job, GROUPS, PARTS)
+        head, _, sequence, first, length = tokens
+        place, chunks = (first // 64 + sequence) * heads + head, (length + 63) // 64
         own = (x, p, vectors + place * VECTORS, narrow(place), heads)
-        sources = sources_of(given, head, values, first, RATIOS)
-        load((sources, own, done, chunks, tiles, signals), GROUPS, gl.constexpr(True))
+        load((sources_of(given, tokens, RATIOS), own, done, chunks, tiles, signals), GROUPS, gl.constexpr(True))
         done += chunks
 
 
@@ -121,8 +121,9 @@ def pair(
     BUFFERS: gl.constexpr = sX.shape[0]
     done = gl.to_tensor(0)
     for job in range(jobs[0], jobs[1], jobs[2]):
-        head, values, chunk, first, length, chunks = chunks_of(jobs, job, GROUPS, gl.constexpr(False))
-        sources = sources_of(given, head, values, first, RATIOS)
+        tokens = tokens_of(jobs, job, GROUPS, gl.constexpr(False))
+        head, first, length = tokens[0], tokens[3], tokens[4]
+        sources, chunks = sources_of(given, tokens, RATIOS), (length + 63) // 64
         g, beta = gates + (first * g_row + head * g_head), betas + (first * beta_row + head * beta_head)
         if chunks > 0:  # nothing may be under way when a program ends
             copy_pair(sources, done, 0, tiles, landed, empty, True)
@@ -162,11 +163,10 @@ def make(jobs, tiles, signals, between, GROUPS: gl.constexpr, NORM: gl.constexpr
     full, _, full_x = signals
     STAGES: gl.constexpr = sK.shape[0]
     BUFFERS: gl.constexpr = sX.shape[0]
-    stage, n = gl.to_tensor(0), gl.to_tensor(0)
-    turn = gl.to_tensor(0)
+    stage, turn, n = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for job in range(jobs[0], jobs[1], jobs[2]):
-        head, values, chunk, first, length, chunks = chunks_of(jobs, job, GROUPS, gl.constexpr(False))
-        for t in range(chunks):
+        length = tokens_of(jobs, job, GROUPS, gl.constexpr(False))[4]
+        for t in range((length + 63) // 64):
             buffer, parity = n % BUFFERS, (n // BUFFERS) & 1
             mbarrier.wait(full.index(stage), turn)
             nothing = (length - t * 64 <= 0).to(gl.int32)

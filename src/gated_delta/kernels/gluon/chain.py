@@ -172,10 +172,9 @@ def keep_all(
                 kept += row * c_row + head * c_head + values * wide(c_line)
             S, chunks = first_state(own, s_line, is_there), (part + 63) // 64
             places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
-            own_tiles = (own_final, kept, rows)
             keep(
-                S, own_tiles, places, done, chunks, part, True, tiles, sO.index(GROUP), signals, GROUPS, True, GROUP,
-                AT_ONCE,
+                S, (own_final, kept, rows), places, done, chunks, part, True, tiles, sO.index(GROUP), signals,
+                GROUPS, True, GROUP, AT_ONCE,
             )  # fmt: skip
             done += chunks
 
@@ -242,8 +241,8 @@ def chain(
     STAGES: gl.constexpr, MAKE: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, ZERO_PADDING: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """The states of so many places, sequences or with PARTS ``size`` tokens of one, in programs that take ``halves`` of
-    64 or of 128 values of each. With PARTS a state is at its place in ``source``.
+    """The states of so many places, sequences or with PARTS ``size`` tokens of one, which have so many ``halves``, jobs
+    of 64 or of 128 values of a head. With PARTS a state is at its place in ``source``.
     """
     count = halves * (places + 1 if ZERO_PADDING else places)
     where = (halves, places, L, N, cu_seqlens, cu_stride, slots, slot_stride, null_slot, size)

@@ -321,18 +321,18 @@ FAULTS = {
 
 @cache
 def inputs_of(kind: str, dtype: torch.dtype) -> tuple[Inputs, oracle.Evaluation, oracle.Evaluation]:
-    """340 tokens of similar keys, and what 330 of them come to: "weak" gates; "none", with beta 2; "same", one key for
-    all, with beta 1.1 and no gates; "norm", weak with q and k to normalise; "heads", weak and several; "strong", weak
-    but for two tokens of a chunk that forget everything, so that its decay is beyond 2^-200; "strong norm".
+    """340 tokens of similar keys, and what 330 of them come to: "weak" gates; "none", with beta 2; "same 1.1", one key
+    for all, with this beta and no gates; "norm", weak with q and k to normalise; "heads", weak and several; "strong",
+    weak but for two tokens of a chunk that forget everything, so that its decay is beyond 2^-200; "strong norm".
     """
-    gates = "none" if kind in ("none", "same") else "weak"
+    gates = "none" if kind == "none" or "same" in kind else "weak"
     few, many = (2, 4) if kind == "heads" else (1, 1)
     sizes: dict[str, Any] = {"hq": few, "hk": few, "hv": many, "head_k": 128, "head_v": 128}
     inputs = with_state(prefill_inputs([340], **sizes, dtype=dtype, gates=gates, similar_keys=True))
     if kind == "none":
         inputs = constant(inputs, "beta", 2.0)
-    if kind == "same":
-        inputs = constant(inputs | {"k": inputs["k"][:1].repeat(340, 1, 1)}, "beta", 1.1)
+    if "same" in kind:
+        inputs = constant(inputs | {"k": inputs["k"][:1].repeat(340, 1, 1)}, "beta", float(kind.split()[1]))
     if "norm" in kind:
         lengths = 2.0 ** (torch.arange(340) % 5 - 1)[:, None, None]
         inputs |= {"q": (inputs["q"] * lengths * 4).to(dtype), "k": (inputs["k"] * lengths).to(dtype)}
@@ -381,7 +381,7 @@ def assert_noticed(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     ("groups", "part", "stages"),
     [(1, 0, 3), (2, 0, 3), (3, 0, 3), (1, 128, 3), (2, 128, 3), (1, 0, 2), (2, 0, 2), (3, 0, 2)],
 )
-@pytest.mark.parametrize("kind", ["weak", "none", "same", "norm", "heads", "strong", "strong norm"])
+@pytest.mark.parametrize("kind", ["weak", "none", "same 1.1", "norm", "heads", "strong", "strong norm"])
 def test_without_a_fault_all_is_well(
     kind: str, groups: int, part: int, stages: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

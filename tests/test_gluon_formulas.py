@@ -230,7 +230,7 @@ PRODUCTS = {
     "halves of P swapped": Fault("without_state", "tile.store", SWAPPED, MOVED, groups=APART),
     "T in one part": Fault("without_state", TAKE_X, f"low = low * 0; {TAKE_X}", BUDGET, gates="none"),
     "T in one part, fp16": Fault("without_state", TAKE_X, f"low = low * 0; {TAKE_X}", BUDGET, gates="none", dtype=FP16),
-    "T in one part for P": Fault("without_state", TAKE_P, TAKE_P.replace("low", "low * 0"), OUTPUT, gates="same"),
+    "T in one part for P": Fault("without_state", TAKE_P, TAKE_P.replace("low", "low * 0"), OUTPUT, gates="same 1.1"),
 }
 FAULTS = {
     **CHAIN,

@@ -121,7 +121,7 @@ FINE = {
         "halves(left, FINE), between",
         f"{ROUNDED}, between",
         BUDGET,
-        gates="same",
+        gates="same 1.1",
     ),
     "no rests of the right factor of joins": Fault(
         "joined", "halves(left, FINE), inverses", f"{ROUNDED}, inverses", BUDGET
@@ -161,3 +161,10 @@ def test_the_inverse_does_not_look_below_the_diagonal(
     edits = {"put_keys": [("put(N,", f"put({POISONED},")], function: [(right, wrong)]}
     with pytest.raises(AssertionError, match=BUDGET) if wrong else nullcontext():
         judged(monkeypatch, "weak", torch.bfloat16, edits, 0, plan)
+
+
+@pytest.mark.parametrize(("beta", "is_over"), [(0.5, False), (1.0, False), (1.5, True), (2.0, False)])
+def test_one_key_for_all_tokens(beta: float, is_over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without decay: a known limit (docs/numerics.md), which is not to become another one unnoticed."""
+    with pytest.raises(AssertionError, match=r"state: .* over its") if is_over else nullcontext():
+        judged(monkeypatch, f"same {beta}", torch.bfloat16, {}, 0, Plan(2, make=True))

@@ -41,7 +41,7 @@ HOPPER_SPILLED: dict[str, tuple[int, dict[str, int]]] = {
     "make, plain": (112, {"16": 3, "24": 0, "36": 0}),
     "make, fp16": (216, {"16": 23, "24": 7, "36": 2}),
     "make, fp16, plain": (208, {"16": 22, "24": 0, "36": 0}),
-    **{f"parts{more}": (8, {"16": 0, "24": 0}) for more in ("", ", fp16", ", one group", ", one group, fp16")},
+    **{f"parts{more}": (8, {}) for more in ("", ", fp16", ", one group", ", one group, fp16")},
 }
 """Bytes of the stack that Hopper's prefill takes by Triton 3.6: in one launch, where 512 threads share the registers of
 a processor, and for jobs that are parts; and what a chunk reads from there, by its group's number of wgmmas: 16 has the

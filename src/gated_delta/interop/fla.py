@@ -7,7 +7,6 @@
 Every error is an ``ArgumentError``, which names the argument, what it is and what it must be.
 """
 
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from gated_delta.interop.conv import equal_lengths, packed
 from gated_delta.validation.arguments import Arguments
 
 Result = tuple[Tensor, Tensor | None]
-_TAKEN = itemgetter(
+_TAKEN = (
     "q", "k", "v", "g", "beta", "initial_state", "cu_seqlens", "A_log", "dt_bias", "scale", "output_final_state",
     "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "state_v_first",
 )  # fmt: skip
@@ -54,7 +53,7 @@ def fused_recurrent_gated_delta_rule(
 
 def _rule(where: str, given: dict[str, Any]) -> Result:
     """Both functions, by their parameters: equal sequences may go to a recurrent operator."""
-    q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias, *options = _TAKEN(given)
+    q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias, *options = [given[name] for name in _TAKEN]
     scale, keep, l2norm, raw_gate, raw_beta, doubled, v_first = options
     shapes = {"q": "B T H K", "k": "B T H K", "v": "B T HV V", "g": "?B T HV", "beta": "?B T HV", "cu_seqlens": "?N+1"}
     shapes["initial_state"] = f"?{'B' if cu_seqlens is None else 'N'} HV {'V K' if v_first else 'K V'}"

@@ -1,4 +1,4 @@
-"""The chunks of one head of one sequence, or of a part of it, one after the other: groups of four warps side by side.
+"""The chunks of a job (:mod:`jobs`), one after the other, job by job: groups of four warps side by side.
 
 * :func:`load` brings q, k and v of coming chunks into shared memory, with X, P' and vectors, which :func:`prepare` has
   made for all chunks before, in a launch of its own.
@@ -149,8 +149,10 @@ def keep_all(
     PARTS: gl.constexpr, ZERO_PADDING: gl.constexpr,
 ):  # fmt: skip
     """:func:`keep` for all jobs, from states in memory, with outputs; zeros for padding, if wanted."""
-    source, s_place, s_slot, s_head, s_line, has_state, has_stride, final, f_slot, f_head, f_line, states = states
-    checkpoints, starts, starts_stride, c_row, c_head, c_line, every, output, o_row, o_head = states
+    (
+        source, s_place, s_slot, s_head, s_line, has_state, has_stride, final, f_slot, f_head, f_line,
+        checkpoints, starts, starts_stride, c_row, c_head, c_line, every, output, o_row, o_head,
+    ) = states  # fmt: skip
     done = gl.to_tensor(0)
     for job in range(jobs[0], jobs[1], jobs[2]):
         head, values, place, sequence, slot, begin, length, before, part = job_of(jobs, job, GROUPS, PARTS)
@@ -258,7 +260,7 @@ def chain(
         s_place, s_slot = s_slot, 0
     states = (
         source, s_place, s_slot, s_head, s_line, has_state, has_stride, final, f_slot, f_head, f_line,
-        (checkpoints, checkpoint_starts, starts_stride, c_row, c_head, c_line, every, output, o_row, o_head),
+        checkpoints, checkpoint_starts, starts_stride, c_row, c_head, c_line, every, output, o_row, o_head,
     )  # fmt: skip
     sources = (q, k, v, q_head, k_head, v_head)
     between = None

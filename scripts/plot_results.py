@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 from gated_delta.bench import records
 from gated_delta.bench.cases import STEPS
-from gated_delta.bench.cli import existing_file
 from gated_delta.bench.peers import OURS
 from gated_delta.bench.records import Row, cases_of, with_best_peer
+from gated_delta.cli import existing_file
 from gated_delta.errors import GatedDeltaError
 
 COLOURS = {

@@ -35,7 +35,7 @@ from torch.profiler import profile, record_function
 from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.bench import machine, peers
 from gated_delta.bench.cases import STATES, Case, Heads
-from gated_delta.bench.cli import among, console, parsed
+from gated_delta.cli import among, parsed, wide
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d_update
 from gated_delta.errors import GatedDeltaError, OptionError
@@ -361,14 +361,14 @@ def serve_command(
     names, _ = peers.choose(parsed(peers_, "--peers", str), place)
     names = [name for name in names if name != peers.SEPARATE]
     rows, facts = list[dict[str, str]](), machine.facts(place)
-    for name in track(names, "serving", console=console):
+    for name in track(names, "serving", console=wide):
         found = serve(name, model, layers, asked, settings, place) | facts
         rows.append({key: f"{x:.6g}" if isinstance(x, float) else str(x) for key, x in found.items()})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table("", *(row["rule by"] for row in rows), title="serve-sim")
     for key in columns[1:]:
         table.add_row(key, *(row.get(key, "") for row in rows))
-    console.print(table)
+    wide.print(table)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         with (out / "serve-sim.csv").open("w", newline="") as file:

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from gated_delta import cli
 from gated_delta.bench import cases, peers, records, run
-from gated_delta.bench import cli as bench_cli
 from gated_delta.bench.cases import Case, Heads
 from gated_delta.bench.peers import TRANSFORMERS
 from gated_delta.bench.records import Row
@@ -226,7 +225,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def call(*argv: str) -> Result:
-        monkeypatch.setattr(bench_cli, "console", Console(width=170))
+        monkeypatch.setattr(cli, "wide", Console(width=170))
         monkeypatch.setattr(sys, "argv", ["gated-delta", "bench", *argv])
         with pytest.raises(SystemExit) as stop:
             cli.main()

@@ -12,12 +12,12 @@ import torch
 
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import OptionError
+from gated_delta.validation.arguments import Arguments
 
 
 def pick_device(name: str) -> str:
     """The device to run on: "auto" is a GPU if every operator is served there, else the CPU."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise OptionError("command line", "--device", repr(name), '"auto", "cpu" or "cuda"')
+    Arguments("command line").word("--device", name, ("auto", "cpu", "cuda"), '"auto", "cpu" or "cuda"')
     if name == "cuda" and not torch.cuda.is_available():
         raise OptionError("command line", "--device", '"cuda"', '"cpu": torch sees no GPU here')
     if name != "auto":

@@ -7,7 +7,7 @@ the plans, and a plan's guards (dtype, device, sizes, strides, whether a gradien
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +25,8 @@ MOST_KINDS, MOST_ALIKE = 4096, 16
 """Plans are kept for so many options and shapes of q (then all are forgotten), and for so many layouts of each."""
 
 
-class Plan(NamedTuple):
-    """What calls of one kind need."""
-
-    guards: Any
-    launch: Any
-
-
-Plans = dict[tuple[Any, ...], list[Plan]]
-
+Plans = dict[tuple[Any, ...], list[tuple[Any, Any]]]
+"""Guards and launch of each plan, by what :func:`_look` tells of its calls."""
 _PLANS: Plans = {}
 
 
@@ -101,9 +94,9 @@ def find(options: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, Sequenc
     if alike is None:
         return None
     given = [x for x in tensors if x is not None]
-    for plan in alike:
-        if plan.guards.check(*given):
-            return plan.launch, addresses if given[0].is_cuda else tensors  # for Triton's interpreter
+    for guards, launch in alike:
+        if guards.check(*given):
+            return launch, addresses if given[0].is_cuda else tensors  # for Triton's interpreter
     return None
 
 
@@ -124,7 +117,7 @@ def keep(options: tuple[Any, ...], tensors: Sequence[Tensor | None], launch: Any
     given = [x for x in tensors if x is not None]
     guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     look = _look(options, tensors, [None if x is None else x.data_ptr() for x in tensors])
-    _PLANS[look] = [*_PLANS.get(look, [])[1 - MOST_ALIKE :], Plan(guards, launch)]
+    _PLANS[look] = [*_PLANS.get(look, [])[1 - MOST_ALIKE :], (guards, launch)]
 
 
 def _look(options: tuple[Any, ...], tensors: Sequence[Any], addresses: Sequence[int | None]) -> tuple[Any, ...]:

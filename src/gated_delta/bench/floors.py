@@ -88,15 +88,12 @@ def work(case: Case) -> Work:
         "norm": (2 * values, values, 0),
         "layer": (weights * 2 + both, both, 2 * tokens * weights),
     }["step" if case.form.endswith(" core") else case.operation]
-    prefills = case.operation == "prefill" or (case.operation == "layer" and case.form.startswith("prefill"))
-    return Work(read, written, products + (_prefill_operations(case) if prefills else 0))
-
-
-def _prefill_operations(case: Case) -> int:
-    """A chunk and value head: K K^T and Q K^T, the inverse, three products with the state, two with values."""
-    c, k, v = CHUNK, case.heads.k, case.heads.v
-    chunk = 2 * (2 * c * c * k) + c**3 // 3 + 3 * (2 * c * k * v) + 2 * (2 * c * c * v)
-    return chunk * case.heads.hv * sum(-(-length // c) for length in case.lengths)
+    if case.operation == "prefill" or (case.operation == "layer" and case.form.startswith("prefill")):
+        # K K^T and Q K^T, the inverse, three products with the state, two with values: of a chunk and value head.
+        c = CHUNK
+        chunk = 2 * (2 * c * c * k) + c**3 // 3 + 3 * (2 * c * k * v) + 2 * (2 * c * c * v)
+        products += chunk * hv * sum(-(-length // c) for length in case.lengths)
+    return Work(read, written, products)
 
 
 def floor(needed: Work, most: Ceilings) -> float:

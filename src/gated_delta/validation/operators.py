@@ -31,7 +31,12 @@ def prefill(
         must = "such that HQ = HK divides HV (grouped values) or HK = HV divides HQ (grouped queries)"
         raise ShapeError(args.where, "(HQ, HK, HV)", (hq, hk, hv), must)
     args.bind("HS", many, "max(HQ, HV)")
-    _checkpoints(args, call)
+    every = call.checkpoint_every
+    args.whole("checkpoint_every_n_tokens", every, least=0)
+    if every % CHECKPOINT_MULTIPLE:
+        raise OptionError(args.where, "checkpoint_every_n_tokens", every, f"a multiple of {CHECKPOINT_MULTIPLE}")
+    for name, value in (("state_checkpoints", call.checkpoints), ("checkpoint_cu_starts", call.checkpoint_starts)):
+        (args.needed if every else args.excluded)(name, value is not None, f"checkpoint_every_n_tokens is {every}")
     _tensors(args, call, library.TENSORS[type(call)][3:])
     args.flag("output_final_state", output_final_state)
     args.flag("use_qk_l2norm_in_kernel", call.use_qk_l2norm)
@@ -47,17 +52,6 @@ def prefill(
         args.needed("initial_state", call.initial_state is not None, "has_initial_state says which of its rows count")
     _null_slot(args, call.null_slot, pooled, "state_indices")
     return args
-
-
-def _checkpoints(args: Arguments, call: Prefill) -> None:
-    """All three arguments or none."""
-    every = call.checkpoint_every
-    args.whole("checkpoint_every_n_tokens", every, least=0)
-    if every % CHECKPOINT_MULTIPLE:
-        raise OptionError(args.where, "checkpoint_every_n_tokens", every, f"a multiple of {CHECKPOINT_MULTIPLE}")
-    judge = args.needed if every else args.excluded
-    for name, value in (("state_checkpoints", call.checkpoints), ("checkpoint_cu_starts", call.checkpoint_starts)):
-        judge(name, value is not None, f"checkpoint_every_n_tokens is {every}")
 
 
 def recurrent(where: str, call: Recurrent, *, state_name: str = "state", single: bool = False) -> Arguments:

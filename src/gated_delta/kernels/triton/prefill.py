@@ -1,17 +1,19 @@
-"""Prefill on a GPU: which kernels, which tiles. Grids and memory follow from shapes alone, for CUDA graphs."""
+"""Prefill on a GPU, and its gates: kernels and tiles. Grids and memory follow from shapes alone, for CUDA graphs."""
 
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from gated_delta.errors import BackendError
 from gated_delta.kernels.triton.launch import Launches, Start, power_of_2, strides
 from gated_delta.kernels.triton.prefill_chain import chain
 from gated_delta.kernels.triton.prefill_prepare import CHUNK, VECTORS, prepare
-from gated_delta.library import Prefill, tensors
+from gated_delta.kernels.triton.shared import log_gates
+from gated_delta.library import Gates, Prefill, tensors
 
 
 class Tiles(NamedTuple):
@@ -29,6 +31,25 @@ MOST_SEQUENCES = 65534
 PREPARE = Tiles(128, 4, 1)
 TOKENS = Tiles(8, 1, 4)
 """The same for any batch: sums over K take the order that the tile gives them."""
+GATES = 1024
+"""Gates that a program makes."""
+
+
+@triton.jit(do_not_specialize=["size"])
+def _gates_kernel(
+    A_log, a, dt_bias, b, log_alpha, beta, a_token, a_group, a_head, b_token, b_group, b_head, size,
+    HV: tl.constexpr, R: tl.constexpr, NEG_EIGVAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gates of all tokens and heads in one launch, where torch would make a dozen."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside, token, head = i < size, i // HV, i % HV
+    group, sibling = head // R, head % R
+    a_i = tl.load(a + token * a_token + group * a_group + sibling * a_head, mask=inside, other=0.0)
+    b_i = tl.load(b + token * b_token + group * b_group + sibling * b_head, mask=inside, other=0.0)
+    A, bias = tl.load(A_log + head), tl.load(dt_bias + head)
+    log_decay, strength = log_gates(a_i, b_i, A, bias, NEG_EIGVAL)  # pyright: ignore[reportGeneralTypeIssues]
+    tl.store(log_alpha + i, log_decay, mask=inside)
+    tl.store(beta + i, strength, mask=inside)
 
 
 def chain_tiles(head_k: int, head_v: int, states: int, single: bool, shared: int, processors: int) -> Tiles:
@@ -117,3 +138,14 @@ def _prepared(
     if count > 0:
         launches.add(prepare, (slots, heads), args, constants, warps=PREPARE.warps, stages=PREPARE.stages)
     return work, vectors
+
+
+def bound_gates(call: Gates) -> Start:
+    launches, (A_log, a, dt_bias, b, allow_neg_eigval, log_alpha, beta) = Launches(*tensors(call)), call
+    size, heads = log_alpha.shape
+    launches.add(
+        _gates_kernel, (-(-size * heads // GATES),),
+        (A_log, a, dt_bias, b, log_alpha, beta, *a.stride(), *b.stride(), size * heads),
+        {"HV": heads, "R": a.shape[2], "NEG_EIGVAL": allow_neg_eigval, "BLOCK": GATES}, warps=4,
+    )  # fmt: skip
+    return launches.bound()

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gated_delta.interop.transformers import FAMILIES, patched
-from gated_delta.model.checkpoint import generate_checkpoint
-from gated_delta.model.generation import Options, Summary
+from gated_delta.model.generation import Options, Summary, generate_checkpoint
 from test_cli import Run, generated, run  # noqa: F401 (a fixture)
 from test_interop_transformers import COMMON, CONFIGS, Served, transformers
 

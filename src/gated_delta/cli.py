@@ -28,8 +28,7 @@ from gated_delta.bench.machine import pick_device
 from gated_delta.bench.run import Bench
 from gated_delta.dispatch import OPERATORS, explain
 from gated_delta.errors import GatedDeltaError, OptionError
-from gated_delta.model.checkpoint import generate_checkpoint
-from gated_delta.model.generation import Options, Summary, generate, score
+from gated_delta.model.generation import Options, Summary, generate, generate_checkpoint, score
 from gated_delta.model.network import load_model, weights_facts
 from gated_delta.testing.selftest import CASES
 from gated_delta.validation.arguments import Arguments

@@ -242,7 +242,7 @@ def recorded(case: Callable[[], None], shared: int) -> list[Launch]:
         found.append(Launch(kernel, tuple(args), dict(constants), warps, stages, registers))
 
     LAUNCHES.bind = launch
-    PREFILLS._shared_memory, PREFILLS._processors = lambda device: shared, lambda device: 132
+    PREFILLS._limits = lambda device: (shared, 132)
     case()
     return found
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from gated_delta.errors import BackendError
 from gated_delta.kernels.triton.launch import Launches, Start, power_of_2, strides
@@ -70,17 +69,13 @@ def chain_tiles(head_k: int, head_v: int, states: int, single: bool, shared: int
 
 
 @cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may take, beyond measure in Triton's interpreter."""
+def _limits(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory that a program may take, beyond measure in Triton's interpreter; processors."""
     if device.type != "cuda":
-        return 1 << 30
+        return 1 << 30, 1
     utils: Any = triton.runtime.driver.active.utils  # pyright: ignore[reportAttributeAccessIssue]
-    return utils.get_device_properties(device.index)["max_shared_mem"]
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    shared = utils.get_device_properties(device.index)["max_shared_mem"]
+    return shared, torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def bound_prefill(call: Prefill) -> Start:
@@ -96,10 +91,20 @@ def bound_prefill(call: Prefill) -> Start:
     if q.dtype == torch.float32:
         tiles, g, beta, work, vectors = TOKENS, call.g, call.beta, None, None
     else:
-        limits = _shared_memory(q.device), _processors(q.device)
-        tiles = chain_tiles(head_k, head_v, count * heads, total <= count * CHUNK, *limits)
-        g, beta, (work, vectors) = None, None, _prepared(call, launches, ratios, gates)
-        gates = dict.fromkeys(gates, False)
+        tiles = chain_tiles(head_k, head_v, count * heads, total <= count * CHUNK, *_limits(q.device))
+        # What every chunk does: X^T and P', and their vectors.
+        slots = total // CHUNK + count
+        work = launches.scratch(slots, heads, head_k + CHUNK, CHUNK, dtype=q.dtype)
+        vectors = launches.scratch(slots, heads, VECTORS, dtype=torch.float32)
+        args = (
+            q, k, call.g, call.beta, cu_seqlens, call.state_indices, work, vectors, call.null_slot, count,
+            *strides(q, 0, 1), *strides(k, 0, 1), *strides(call.g, 0), *strides(call.beta, 0),
+            *strides(cu_seqlens, 0), *strides(call.state_indices, 0),
+        )  # fmt: skip
+        constants = {**ratios, "K": head_k, "BC": min(PREPARE.columns, power_of_2(head_k)), **gates}
+        if count > 0:
+            launches.add(prepare, (slots, heads), args, constants, warps=PREPARE.warps, stages=PREPARE.stages)
+        g, beta, gates = None, None, dict.fromkeys(gates, False)
     args = (
         q, k, v, g, beta, work, vectors, cu_seqlens, call.state_indices, source, call.has_initial_state,
         call.final_state, call.checkpoints, call.checkpoint_starts, output, call.scale, call.null_slot, total, count,
@@ -117,27 +122,6 @@ def bound_prefill(call: Prefill) -> Start:
     grid = (-(-head_v // tiles.columns), heads, count + call.zero_padding)
     launches.add(chain, grid, args, constants, warps=tiles.warps, stages=tiles.stages)
     return launches.bound()
-
-
-def _prepared(
-    call: Prefill, launches: Launches, ratios: dict[str, int], gates: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """What every chunk does: X^T and P', and their vectors."""
-    q, k, g, beta, cu_seqlens, slots_of = call.q, call.k, call.g, call.beta, call.cu_seqlens, call.state_indices
-    count, (total, _, head_k), heads = cu_seqlens.shape[0] - 1, q.shape, q.shape[1] * ratios["RQ"]
-    slots = total // CHUNK + count
-    work = launches.scratch(slots, heads, head_k + CHUNK, CHUNK, dtype=q.dtype)
-    vectors = launches.scratch(slots, heads, VECTORS, dtype=torch.float32)
-    args = (
-        q, k, g, beta, cu_seqlens, slots_of, work, vectors, call.null_slot, count,
-        *strides(q, 0, 1), *strides(k, 0, 1), *strides(g, 0), *strides(beta, 0), *strides(cu_seqlens, 0),
-        *strides(slots_of, 0),
-    )  # fmt: skip
-    columns = min(PREPARE.columns, power_of_2(head_k))
-    constants = {**ratios, "K": head_k, "BC": columns, **gates}
-    if count > 0:
-        launches.add(prepare, (slots, heads), args, constants, warps=PREPARE.warps, stages=PREPARE.stages)
-    return work, vectors
 
 
 def bound_gates(call: Gates) -> Start:

@@ -6,9 +6,7 @@ among tiles, they sum over K in the same order, so that a row's bits do not depe
 row of the state, and ``columns`` depends on the dtype alone.
 """
 
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import NamedTuple
 
 from gated_delta.kernels.triton.launch import Launches, Start, power_of_2, strides
 from gated_delta.kernels.triton.tokens import tokens
@@ -55,55 +53,36 @@ def _verify_tile(heads: int, width: int, update: bool, kept: bool) -> Tile:
     return Tile(32, 2, columns, 3, 32) if width == 4 and heads <= 1024 else Tile(64, 2, columns, 3, 32)
 
 
-def _choice(
-    heads: int, steps: int, head_k: int, state: Tensor, v_first: bool, update: bool, kept: bool
-) -> tuple[Any, Tile, dict[str, int]]:
-    """Kernel, tile, and the constants that only this kernel has."""
-    width = state.element_size()
-    # States of 4 bytes a number that are kept after every token keep the memory busy in either kernel, and going
-    # token by token writes them in longer pieces.
-    if not v_first or steps == 1 or steps > MOST_AT_ONCE or (kept and width == 4):
-        # Late loads, between the products of others, suit rows of 512 bytes, and cost every other state 10 to 20 %.
-        early = width == 2 or not v_first
-        keys = power_of_2(head_k)
-        constants = {"SINGLE": steps == 1, "BK": keys, "V_FIRST": v_first, "EARLY": early}
-        return tokens, _token_tile(heads, width, v_first, kept), constants
-    tile = _verify_tile(heads, width, update, kept)
-    constants = {
-        "T": steps, "BT": 8 if steps <= 8 else 16, "STAGES": tile.stages, "KC": _divisor(head_k, tile.columns),
-        "KW": _divisor(head_k, tile.written),
-    }  # fmt: skip
-    return verify, tile, constants
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest power of two up to ``most`` that divides ``size``."""
-    return min(most, size & -size)
-
-
-def _is_wide(states: Tensor | None) -> bool:
-    """Whether an offset inside one state may need more than 31 bits."""
-    return states is not None and states.shape[-2] * states.stride(-2) >= 2**31
-
-
 def bound_recurrent(call: Recurrent) -> Start:
     launches = Launches(*tensors(call))
     q, k, v, state, a, b, output, snapshots = (*call[:4], call.a, call.b, call.output, call.snapshots)
     read_slots, write_slots, token_slots = call.read_slots, call.write_slots, call.token_slots
-    rows, steps, heads, head_v = v.shape
+    (rows, steps, heads, head_v), head_k = v.shape, q.shape[-1]
+    width, v_first = state.element_size(), call.state_v_first
     kept = token_slots is not None or snapshots is not None
-    kernel, tile, constants = _choice(
-        rows * heads, steps, q.shape[-1], state, call.state_v_first, call.update_state, kept
-    )
+    # States of 4 bytes a number that are kept after every token keep the memory busy in either kernel, and going
+    # token by token writes them in longer pieces.
+    if not v_first or steps == 1 or steps > MOST_AT_ONCE or (kept and width == 4):
+        kernel, tile = tokens, _token_tile(rows * heads, width, v_first, kept)
+        # Late loads, between the products of others, suit rows of 512 bytes, and cost every other state 10 to 20 %.
+        early = width == 2 or not v_first
+        constants = {"SINGLE": steps == 1, "BK": power_of_2(head_k), "V_FIRST": v_first, "EARLY": early}
+    else:
+        kernel, tile = verify, _verify_tile(rows * heads, width, call.update_state, kept)
+        divisor = head_k & -head_k  # the largest power of two
+        constants = {
+            "T": steps, "BT": 8 if steps <= 8 else 16, "STAGES": tile.stages, "KC": min(tile.columns, divisor),
+            "KW": min(tile.written, divisor),
+        }  # fmt: skip
     # With fewer values a row of a small K would be spread over other lanes than in larger tiles.
-    block_v = min(max(tile.values, 512 // (q.shape[-1] * state.element_size())), power_of_2(head_v))
-    most = STREAMED_COLUMNS if state.element_size() == 2 and not call.state_v_first else STREAMED_BYTES
-    streamed = rows * heads * head_v * q.shape[-1] * state.element_size() <= most
+    block_v = min(max(tile.values, 512 // (head_k * width)), power_of_2(head_v))
+    most = STREAMED_COLUMNS if width == 2 and not v_first else STREAMED_BYTES
     constants |= {
-        "HV": heads, "R": heads // q.shape[2], "K": q.shape[-1], "V": head_v, "BV": block_v,
-        "NORM": call.use_qk_l2norm, "NEG_EIGVAL": call.allow_neg_eigval, "UPDATE": call.update_state,
-        "WIDE": _is_wide(state) or _is_wide(snapshots), "ZERO_PADDING": call.zero_padding,
-        "EVICT": "evict_first" if streamed else "",
+        "HV": heads, "R": heads // q.shape[2], "K": head_k, "V": head_v, "BV": block_v, "NORM": call.use_qk_l2norm,
+        "NEG_EIGVAL": call.allow_neg_eigval, "UPDATE": call.update_state, "ZERO_PADDING": call.zero_padding,
+        # Whether an offset inside one state may need more than 31 bits.
+        "WIDE": any(x is not None and x.shape[-2] * x.stride(-2) >= 2**31 for x in (state, snapshots)),
+        "EVICT": "evict_first" if rows * heads * head_v * head_k * width <= most else "",
     }  # fmt: skip
     args = (
         q, k, v, state, call.A_log, a, call.dt_bias, b, output, read_slots, write_slots, token_slots, snapshots,

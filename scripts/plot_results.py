@@ -103,7 +103,7 @@ def speedups(group: str, ours: Sequence[Row]) -> Figure:
 
 
 def plot(
-    files: Annotated[list[Path], existing_file("CSV...", "What runs have left.")],
+    files: Annotated[list[Path], existing_file(metavar="CSV...", help="What runs have left.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures, if not that of the first file.")] = None,
 ) -> None:
     """Draw the pictures of one or several CSV files; where two have the same case, the last counts."""

@@ -45,17 +45,13 @@ MOST_JOBS = 16
 """Processes that compile ahead for a benchmark."""
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+existing_file = partial(typer.Argument, exists=True, dir_okay=False, readable=True)
 DeviceOption = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda"; auto takes a GPU that a backend serves.')]
 
 
 def printable(text: str) -> str:
     """Without the bytes that are no text."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def existing_file(name: str, words: str = "") -> Any:
-    """An argument: a file that is there and can be read."""
-    return typer.Argument(metavar=name, help=words, exists=True, dir_okay=False, readable=True)
 
 
 @app.command("generate")
@@ -104,7 +100,7 @@ def _summary_table(summary: Summary, device: str) -> Table:
 
 @app.command("score")
 def score_command(
-    file: Annotated[Path, existing_file("FILE", "Any text file.")], device: DeviceOption = "auto"
+    file: Annotated[Path, existing_file(metavar="FILE", help="Any text file.")], device: DeviceOption = "auto"
 ) -> None:
     """Bits per byte of a text file, with the state kept in fp32 and in bf16."""
     text, place = file.read_bytes(), pick_device(device)
@@ -244,8 +240,8 @@ def run_command(
 
 @bench_app.command("compare")
 def compare_command(
-    before: Annotated[Path, existing_file("A.csv")],
-    after: Annotated[Path, existing_file("B.csv")],
+    before: Annotated[Path, existing_file(metavar="A.csv")],
+    after: Annotated[Path, existing_file(metavar="B.csv")],
 ) -> None:
     """Our times in B, with those in A beside them: below 1 in the last column it got slower."""
     wide.print(records.tables(records.compared(records.read(before), records.read(after))))

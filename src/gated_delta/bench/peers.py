@@ -102,8 +102,21 @@ def fla(case: Case, x: Inputs) -> Bound | None:
         call = partial(norm, x["x"], x["z"], x["weight"], None, activation="swish", eps=1e-6)
         return returning(call, lambda y: {"output": y})
     if case.operation == "conv" and case.form == "prefill":
-        return _conv(x)
-    return _recurrent(case, x) if case.form in ("V-major", "K-major", "final") and case.state == "fp32" else None
+        states = torch.nn.functional.pad(x["conv_states"], (1, 0))  # as many columns as taps; the first is not read
+        call = partial(
+            import_module("fla.modules.causal_conv1d.ops").causal_conv1d, x["x"][None], x["weight"],
+            initial_state=states, output_final_state=True, activation="silu", cu_seqlens=x["cu_seqlens"],
+        )  # fmt: skip
+        return returning(call, lambda y, state: {"output": y[0], "window": state[..., 1:]})
+    if case.form not in ("V-major", "K-major", "final") or case.state != "fp32":
+        return None
+    turned, state = case.form == "K-major", x["initial_state" if case.operation == "verify" else "state"]
+    call = partial(
+        import_module(RULE).fused_recurrent_gated_delta_rule, x["q"], x["k"], x["v"], g=x["a"], beta=x["b"],
+        A_log=x["A_log"], dt_bias=x["dt_bias"], use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        use_qk_l2norm_in_kernel=True, initial_state=state, output_final_state=True, state_v_first=not turned,
+    )  # fmt: skip
+    return returning(call, lambda o, state: {"output": o, "state": state.transpose(-1, -2) if turned else state})
 
 
 def flashqla(case: Case, x: Inputs) -> Bound | None:
@@ -130,25 +143,6 @@ def chunked(operator: Callable[..., Any], x: Inputs) -> Bound:
         cu_seqlens=x["cu_seqlens"],
     )  # fmt: skip
     return returning(call, lambda output, state: {"output": output[0], "state": state})
-
-
-def _recurrent(case: Case, x: Inputs) -> Bound:
-    turned, state = case.form == "K-major", x["initial_state" if case.operation == "verify" else "state"]
-    call = partial(
-        import_module(RULE).fused_recurrent_gated_delta_rule, x["q"], x["k"], x["v"], g=x["a"], beta=x["b"],
-        A_log=x["A_log"], dt_bias=x["dt_bias"], use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-        use_qk_l2norm_in_kernel=True, initial_state=state, output_final_state=True, state_v_first=not turned,
-    )  # fmt: skip
-    return returning(call, lambda o, state: {"output": o, "state": state.transpose(-1, -2) if turned else state})
-
-
-def _conv(x: Inputs) -> Bound:
-    states = torch.nn.functional.pad(x["conv_states"], (1, 0))  # as many columns as taps; the first is not read
-    call = partial(
-        import_module("fla.modules.causal_conv1d.ops").causal_conv1d, x["x"][None], x["weight"], initial_state=states,
-        output_final_state=True, activation="silu", cu_seqlens=x["cu_seqlens"],
-    )  # fmt: skip
-    return returning(call, lambda y, state: {"output": y[0], "window": state[..., 1:]})
 
 
 def torch_reference(load: Callable[[], Callable[..., Any]], case: Case, x: Inputs) -> Bound | None:

@@ -206,15 +206,12 @@ def load_model(device: torch.device | str = "cpu", path: Path = WEIGHTS) -> Hybr
         OptionError: safetensors is not installed, or ``path`` is no safetensors file.
     """
     model = HybridLM()
-    model.load_state_dict(_read(path)[0])
+    with opened_file("load_model", "path", path) as stored:
+        model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
     return model.to(device).eval().requires_grad_(False)
 
 
 def weights_facts(path: Path = WEIGHTS) -> dict[str, str]:
     """What training wrote beside the weights: text, steps, bits per byte. Raises as :func:`load_model`."""
-    return _read(path)[1]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with opened_file("load_model", "path", path) as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
+        return dict(stored.metadata() or {})

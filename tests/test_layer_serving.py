@@ -141,6 +141,19 @@ def test_warm_up_of_nothing() -> None:
         engine.layer.warmup(engine.state, max_batch=0)
 
 
+def test_warm_up_meets_prefills_behind_any_number_of_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots of 4 bytes and flags of one, of which a kernel is told whether they begin at a multiple of 16 bytes."""
+
+    def aligned(decodes: int) -> tuple[bool, bool]:
+        return 4 * decodes % 16 == 0, decodes % 16 == 0
+
+    engine, met = Engine(make_layer()), set[tuple[bool, bool]]()
+    look = lambda _, p, batch, *given: met.add(aligned(batch.num_decodes))  # noqa: E731
+    monkeypatch.setattr(type(engine.layer), "_prefill", look)
+    engine.layer.warmup(engine.state, max_batch=1)
+    assert met == {aligned(decodes) for decodes in range(17)}
+
+
 LARGE = GatedDeltaNetConfig(hidden_size=2048, num_k_heads=16, num_v_heads=32)
 
 

@@ -11,9 +11,12 @@ import torch
 
 import gated_delta as gd
 from gated_delta import library
+from gated_delta.batch import GatedDeltaNetBatch, Row
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.errors import OptionError, WarmupError
 from gated_delta.interop import fla, transformers
+from gated_delta.layer import GatedDeltaNetAttention
+from gated_delta.state import StatePool
 
 module = sys.modules["gated_delta.warmup"]
 CONFIG = GatedDeltaNetConfig(hidden_size=64, num_k_heads=2, num_v_heads=4, head_k_dim=32, head_v_dim=32)
@@ -23,10 +26,6 @@ EXPANDED = pytest.mark.filterwarnings("ignore:Use of index_put_ on expanded tens
 def shapes(**options: Any) -> Any:
     given: dict[str, Any] = {"dtype": torch.bfloat16, "state_dtype": torch.float16, "max_batch": 3, "num_spec": 2}
     return module._Shapes(CONFIG, **{**given, **options}, device="cpu")
-
-
-def test_every_size_of_batch() -> None:
-    assert list(shapes().batches) == [1, 2, 3]
 
 
 @EXPANDED
@@ -50,24 +49,43 @@ def by_plug_ins(device: str) -> None:
     fla.fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, initial_state=state, use_qk_l2norm_in_kernel=True)
 
 
-@EXPANDED
-def test_a_token_of_the_plug_ins_is_among_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By all that a kernel is compiled for, sizes and the scale left out."""
-    asked: list[tuple[Any, ...]] = []
+Asked = list[tuple[Any, ...]]
+
+
+def asked_of(operator: str, case: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Asked, Asked]:
+    """What the cases that are ``case`` ask of an operator, by all that a kernel is compiled for (sizes and floats left
+    out), and a list of what is asked from then on.
+    """
+    asked: Asked = []
 
     def look(*args: Any) -> None:
         kinds = (x.dtype if isinstance(x, torch.Tensor) else x for x in args)
         asked.append(tuple(x for x in kinds if not isinstance(x, float)))
 
-    monkeypatch.setattr(library, "recurrent", look)
-    for case in module._cases(shapes(state_dtype=torch.float32)):
-        if case.func is module._recurrent:
-            case()
-    warmed = set(asked)
+    monkeypatch.setattr(library, operator, look)
+    for found in module._cases(shapes(state_dtype=torch.float32)):
+        if found.func is case:
+            found()
+    warmed = asked.copy()
     asked.clear()
+    return warmed, asked
+
+
+@EXPANDED
+def test_a_token_of_the_plug_ins_is_among_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed, asked = asked_of("recurrent", module._recurrent, monkeypatch)
     by_plug_ins("cpu")
     assert len(asked) == 3
-    assert set(asked) <= warmed
+    assert set(asked) <= set(warmed)
+
+
+def test_a_prefill_of_the_layer_is_among_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed, asked = asked_of("prefill", module._prefill, monkeypatch)
+    layer, state = GatedDeltaNetAttention(CONFIG).bfloat16(), StatePool(CONFIG, layers=1, slots=1).layer(0)
+    with torch.no_grad():
+        layer(torch.zeros(70, 64).bfloat16(), GatedDeltaNetBatch.build([Row(70, 0, fresh=True)]), state)
+    assert len(asked) == 1
+    assert asked[0] in warmed
 
 
 def test_processes_share_the_cases() -> None:

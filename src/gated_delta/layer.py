@@ -220,9 +220,9 @@ class GatedDeltaNetAttention(nn.Module):
             run([Row(1, -1)] * rows)
             if num_spec:
                 run([SpecRow(num_spec + 1, [-1] * (num_spec + 1), 1)] * rows)
-        # Prefills of one chunk and of more, of so many sequences that their states fill 256 processors. Behind a decode
-        # indices do not begin at a multiple of 16 bytes.
-        for rows, length, decodes in product(range(1, 256 * 64 // self.config.value_dim + 3), (16, 70), (0, 1)):
+        # Prefills of one chunk and of more, of so many sequences that their states fill 256 processors. Behind decodes
+        # has_initial_state, or the slots too, do not begin at a multiple of 16 bytes.
+        for rows, length, decodes in product(range(1, 256 * 64 // self.config.value_dim + 3), (16, 70), (0, 1, 4)):
             run([Row(1, -1)] * decodes + [Row(length, -1, fresh=True)] * rows)
         if num_spec:
             run([SpecRow(1, [-1], 1), Row(70, -1, fresh=True)])

@@ -57,11 +57,6 @@ class _Shapes:
         sizes, device = (self.config.head_k_dim, self.config.head_v_dim), torch.device(self.device).type
         return dispatch.choose(dispatch.Request(operator, device, self.dtype, *sizes), "auto")
 
-    @property
-    def batches(self) -> range:
-        """Every size of batch: what a call launches depends on it, and asking costs little."""
-        return range(1, self.max_batch + 1)
-
 
 def warmup(
     config: GatedDeltaNetConfig, *, dtype: torch.dtype = torch.bfloat16, state_dtype: torch.dtype = torch.float32,
@@ -96,16 +91,14 @@ def warmup(
     shapes = _Shapes(config, dtype, state_dtype, max_batch, num_spec, str(device))
     if torch.device(device).type == "cpu":
         return Warmed(0, 0.0)
-    cases = _cases(shapes)
-    count = min(os.cpu_count() or 1, 16, len(cases)) if workers is None else min(workers, len(cases))
-    with _bar(2 * len(cases) if count else len(cases), progress) as advance:
+    cases = len(_cases(shapes))
+    count = min(os.cpu_count() or 1, 16, cases) if workers is None else min(workers, cases)
+    with _bar(2 * cases if count else cases, progress) as advance:
         if count:
             _in_processes(shapes, count, advance)
-        for case in cases:
-            case()
-            advance()
+        _run(shapes, 0, 1, advance)
     torch.cuda.synchronize(device)
-    return Warmed(len(cases), time.perf_counter() - started)
+    return Warmed(cases, time.perf_counter() - started)
 
 
 def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> None:
@@ -113,8 +106,8 @@ def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> N
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def run_share(first: int) -> None:
-        share = f"from gated_delta.warmup import _worker; _worker({pickle.dumps(shapes)!r}, {first}, {count})"
-        command = [sys.executable, "-c", share]
+        given = f"pickle.loads({pickle.dumps(shapes)!r}), {first}, {count}"
+        command = [sys.executable, "-c", f"import pickle; from gated_delta.warmup import _run; _run({given})"]
         done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
         if done.returncode:
             raise WarmupError(f"warmup: a worker process failed: {done.stderr.strip()[-2000:]}")
@@ -125,10 +118,11 @@ def _in_processes(shapes: _Shapes, count: int, advance: Callable[[], None]) -> N
         list(threads.map(run_share, range(count)))
 
 
-def _worker(shapes: bytes, first: int, step: int) -> None:
+def _run(shapes: _Shapes, first: int, step: int, advance: Callable[[], None] = lambda: None) -> None:
     """The share of one process: every n-th case."""
-    for case in _cases(pickle.loads(shapes))[first::step]:
+    for case in _cases(shapes)[first::step]:
         case()
+        advance()
 
 
 @contextmanager
@@ -165,8 +159,9 @@ def _cases(s: _Shapes) -> list[Callable[[], object]]:
 
 
 def _recurrent(s: _Shapes, steps: int, given: bool, *form: str) -> None:
-    """Decode or several tokens at every size of batch, into a given output or one that is allocated. ``form``: states
-    in a "pool", "K-major" ones, and what is kept; "ready" gates, as the layers of Transformers and FLA have them.
+    """Decode or several tokens, into a given output or one that is allocated, at every size of batch: what is launched
+    depends on it, and asking costs little. ``form``: states in a "pool", "K-major" ones, and what is kept; "ready"
+    gates, as the layers of Transformers and FLA have them.
 
     All rows share one state, which the operators would refuse and nobody reads: the memory for more may be taken.
     """
@@ -175,7 +170,7 @@ def _recurrent(s: _Shapes, steps: int, given: bool, *form: str) -> None:
     last = (c.head_v_dim, c.head_k_dim) if v_first else (c.head_k_dim, c.head_v_dim)
     state = s.empty(1, c.num_v_heads, *last, dtype=s.state_dtype)
     per_head = None if ready else s.empty(c.num_v_heads, dtype=torch.float32)
-    for rows in s.batches:
+    for rows in range(1, s.max_batch + 1):
         q, v = (s.empty(rows, steps, *h) for h in ((c.num_k_heads, c.head_k_dim), (c.num_v_heads, c.head_v_dim)))
         gates, index = s.empty(rows, steps, c.num_v_heads), torch.zeros(rows, steps, dtype=torch.int32, device=s.device)
         library.recurrent(
@@ -189,50 +184,43 @@ def _recurrent(s: _Shapes, steps: int, given: bool, *form: str) -> None:
 
 def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
     """Sequences of so many tokens as a layer has them (a pool, norms in the kernel), or with states of their own: so
-    many that the states fill 256 processors, more than that change nothing.
-
-    Args:
-        known: it is said which slots of the pool hold a state to start from; without a pool, there are such states.
+    many that the states fill 256 processors, more than that change nothing. ``known``: it is said which slots of the
+    pool hold a state to start from; without a pool, there are such states.
     """
     c = s.config
-    for rows in s.batches[: 256 // c.num_v_heads + 1]:
-        total = rows * length
-        q, k, v = c.split_heads(s.empty(total, c.conv_dim))
+    for rows in range(1, min(s.max_batch, 256 // c.num_v_heads + 1) + 1):
+        q, k, v = c.split_heads(s.empty(rows * length, c.conv_dim))
         states = s.empty(rows, c.num_v_heads, c.head_v_dim, c.head_k_dim, dtype=s.state_dtype)
-        gates = s.empty(total, c.num_v_heads, dtype=torch.float32)
+        gates = s.empty(rows * length, c.num_v_heads, dtype=torch.float32)
         starts = torch.arange(rows + 1, dtype=torch.int32, device=s.device)
-        fresh = torch.zeros(rows, dtype=torch.bool, device=s.device)
         final = states if pooled else torch.empty_like(states, dtype=s.state_dtype if known else torch.float32)
         library.prefill(
             q, k, v, gates, gates, 1.0, starts * length, states if known and not pooled else None,
-            fresh if known and pooled else None, starts[:-1] if pooled else None, -1, pooled, pooled, pooled,
-            torch.empty_like(v, memory_format=torch.contiguous_format), not pooled, final, None, None, 0, False,
-            s.backend("chunk_gated_delta_rule"),
+            starts[1:] == 0 if known and pooled else None, starts[:-1] if pooled else None, -1, pooled, pooled, pooled,
+            torch.empty_like(v, memory_format=torch.contiguous_format), not pooled or known, final, None, None, 0,
+            False, s.backend("chunk_gated_delta_rule"),
         )  # fmt: skip
 
 
 def _around(s: _Shapes) -> None:
     """Convolution in all its forms, the gates, and the norm."""
-    c, tokens = s.config, 8
+    c, tokens = s.config, s.num_spec + 1
     slots = torch.zeros(1, dtype=torch.int32, device=s.device)
     starts = torch.tensor([0, tokens], dtype=torch.int32, device=s.device)
-    weight = s.empty(c.conv_dim, 1, c.conv_width)[:, 0]
     columns = c.conv_width - 1 + s.num_spec
-    states = [s.empty(1, columns, c.conv_dim).transpose(1, 2), s.empty(1, c.conv_dim, columns)]
-    states += [x.float() for x in states] if s.dtype != torch.float32 else []
-    x = s.empty(max(tokens, s.num_spec + 1), c.conv_dim)
+    layouts = s.empty(1, columns, c.conv_dim).mT, s.empty(1, c.conv_dim, columns)
+    weight, x = s.empty(c.conv_dim, c.conv_width), s.empty(tokens, c.conv_dim)
     grouped = c.projection == "interleaved"
-    inputs = [(x[:tokens], 0), *([(x[:tokens].unflatten(1, (c.num_k_heads, -1)), c.head_k_dim)] if grouped else [])]
-    a, per_head = s.empty(tokens, c.num_k_heads, c.ratio), s.empty(c.num_v_heads, dtype=torch.float32)
-    gates(per_head, a, per_head.to(s.dtype), a, allow_neg_eigval=c.allow_neg_eigval)
-    for conv_states in states:
-        rows: dict[str, Any] = {"conv_states": conv_states, "weight": weight, "state_indices": slots}
-        for known, (given, head_k) in product((None, torch.ones(1, dtype=torch.bool, device=s.device)), inputs):
+    inputs = [(x, 0), *([(x.unflatten(1, (c.num_k_heads, -1)), c.head_k_dim)] if grouped else [])]
+    for states, dtype in product(layouts, {s.dtype, torch.float32}):
+        rows: dict[str, Any] = {"conv_states": states.to(dtype), "weight": weight, "state_indices": slots}
+        for known, (given, head_k) in product((None, slots == 0), inputs):
             causal_conv1d(given, **rows, cu_seqlens=starts, has_initial_state=known, head_k=head_k)
         causal_conv1d_update(x[:1], **rows)
         if s.num_spec:
-            accepted, step = torch.ones_like(slots), starts.clamp(max=s.num_spec + 1)
-            causal_conv1d_update(x[: s.num_spec + 1], **rows, num_accepted_tokens=accepted, cu_seqlens=step)
+            causal_conv1d_update(x, **rows, num_accepted_tokens=slots + 1, cu_seqlens=starts)
+    a, per_head = s.empty(tokens, c.num_k_heads, c.ratio), s.empty(c.num_v_heads, dtype=torch.float32)
+    gates(per_head, a, per_head.to(s.dtype), a, allow_neg_eigval=c.allow_neg_eigval)
     for count in (1, s.max_batch):
         y = s.empty(count, c.num_v_heads, c.head_v_dim)
         rms_norm_gated(y, y, s.empty(c.head_v_dim, dtype=torch.float32), c.norm_eps, c.output_gate)

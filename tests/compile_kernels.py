@@ -86,12 +86,13 @@ def hopper(
     groups: int, part: int = 0, *, dtype: torch.dtype = BF16, norm: bool = True, log: bool = True,
     checkpoints: bool = True,
 ) -> None:  # fmt: skip
-    """The same by the kernels for Hopper, and by their other plans: so many groups (the third prepares), parts of so
-    many tokens.
+    """The same by the kernels for Hopper, and by their other plans: so many groups (the third prepares; 0 is one, for
+    parts of one sequence in turn), parts of so many tokens.
     """
-    HOPPERS.plan = lambda *_: HOPPERS.Plan(min(groups, 2), part, groups == 3)
+    HOPPERS.plan = lambda *_: HOPPERS.Plan(min(groups, 2) or 1, part, groups == 3, groups == 0)
+    count = 8 if groups else 1
     q, v, gate = empty(8192, 16, 128, dtype=dtype), empty(8192, 32, 128, dtype=dtype), empty(8192, 32, dtype=FP32)
-    starts, slots = empty(9, dtype=INT), empty(8, dtype=INT)
+    starts, slots = empty(count + 1, dtype=INT), empty(count, dtype=INT)
     pool = empty(64, 32, 128, 128, dtype=FP32)
     kept = (pool, starts, 64) if checkpoints else (None, None, 0)
     given = library.Prefill(
@@ -202,6 +203,8 @@ HOPPER: dict[str, Callable[[], None]] = {
     "parts, fp16": lambda: hopper(2, 1024, dtype=FP16, checkpoints=False),
     "parts, one group": lambda: hopper(1, 1024),
     "parts, one group, fp16": lambda: hopper(1, 1024, dtype=FP16, checkpoints=False),
+    "turns": lambda: hopper(0, 4096),
+    "turns, fp16": lambda: hopper(0, 4096, dtype=FP16, checkpoints=False),
 }
 LAYER: dict[str, Callable[[], None]] = {
     "conv": conv,
@@ -237,7 +240,8 @@ def recorded(case: Callable[[], None], shared: int) -> list[Launch]:
     found: list[Launch] = []
 
     def launch(
-        kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1, registers: Any = None
+        kernel: Any, grid: object, args: Any, constants: Any, *, warps: int, stages: int = 1, registers: Any = None,
+        **options: object,
     ) -> None:  # fmt: skip
         found.append(Launch(kernel, tuple(args), dict(constants), warps, stages, registers))
 

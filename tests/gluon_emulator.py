@@ -95,6 +95,7 @@ LANGUAGE = SimpleNamespace(
     to_tensor=lambda x: x if isinstance(x, Value) else Value(x),
     associative_scan=associative_scan,
     allocate_shared_memory=allocate_shared_memory,
+    inline_asm_elementwise=_no_layout,
     warp_specialize=lambda parts, warps, registers: here.partition.block.specialize(parts, warps),
 )
 REPLACED: dict[int, Any] = {

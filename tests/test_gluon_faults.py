@@ -35,7 +35,7 @@ class Fault(NamedTuple):
     gates: str = "weak"
     """As :func:`inputs_of` has them."""
     groups: tuple[int, ...] = ()
-    """That compute, the third one prepares; none given: all that there are where the function is used."""
+    """That compute, the third one prepares; 0: one, for parts in turn; none given: all where the function is used."""
     part: int = 0
     dtype: torch.dtype = torch.bfloat16
 
@@ -45,7 +45,7 @@ class Fault(NamedTuple):
 
 
 def planned(groups: int, part: int) -> Plan:
-    return Plan(min(groups, 2), part, groups == 3)
+    return Plan(min(groups, 2) or 1, part, groups == 3, groups == 0)
 
 
 def starved(*who_and_what: tuple[str, str]) -> str:
@@ -258,6 +258,11 @@ JOBS = {
     "keep goes through them backwards": Fault("keep_all", "jobs, job,", "jobs, jobs[0] + jobs[1] - 2 - job,", BUDGET),
     "programs share jobs": Fault("keep_all", "jobs, job,", "jobs, job // 2 * 2,", f"{BUDGET}|nan"),
 }
+TURNS = {
+    "a turn comes twice": Fault("job_of", "place += at", "place += at * 0", f"{BUDGET}|nan"),
+    "a turn's chunks are not prepared": Fault("prepare", "head = at +", "head = 0 * at +", f"{BUDGET}|nan"),
+    "a turn leaves it to another head": Fault("keep_all", "carry + (head *", "carry + ((head ^ 1) *", BUDGET),
+}
 TAKE_O = "o, Y = warpgroup_mma_wait(0, deps=(o, Y))"
 TAKE_PAIRS = "return warpgroup_mma_wait(0"
 TAKE_P, TAKE_X = "PT, high, low = warpgroup_mma_wait(0", "X, high, low = warpgroup_mma_wait(0"
@@ -315,6 +320,7 @@ FAULTS = {
     **LOAD,
     **{name: fault._replace(groups=fault.groups or MADE) for name, fault in (AHEAD | MAKE).items()},
     **{name: fault._replace(gates="heads") for name, fault in JOBS.items()},
+    **{name: fault._replace(groups=(0,), part=128, gates="heads") for name, fault in TURNS.items()},
     **PRODUCTS,
 }
 
@@ -379,7 +385,7 @@ def assert_noticed(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP16])
 @pytest.mark.parametrize(
     ("groups", "part", "stages"),
-    [(1, 0, 3), (2, 0, 3), (3, 0, 3), (1, 128, 3), (2, 128, 3), (1, 0, 2), (2, 0, 2), (3, 0, 2)],
+    [(1, 0, 3), (2, 0, 3), (3, 0, 3), (1, 128, 3), (2, 128, 3), (0, 128, 3), (1, 0, 2), (2, 0, 2), (3, 0, 2)],
 )
 @pytest.mark.parametrize("kind", ["weak", "none", "same 1.1", "norm", "heads", "strong", "strong norm"])
 def test_without_a_fault_all_is_well(

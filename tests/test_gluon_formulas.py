@@ -60,9 +60,7 @@ CHAIN = {
     "no unit matrix": Fault("keep_summary", "unit, 1.0", "unit, 0.0", BUDGET, gates="none", part=128),
     "wrong half of the unit matrix": Fault("keep_summary", "GROUP * 64 + ", "", BUDGET, gates="none", part=128),
     "parts start a part early": Fault("tokens_of", "begin + before", "begin", BUDGET, part=128),
-    "the first part writes the last state": Fault(
-        "keep_all", "before + part >= length", "before == 0", BUDGET, part=128
-    ),
+    "the first part writes the last state": Fault("keep_all", "before + part < length", "before > 0", BUDGET, part=128),
 }
 GATES = {
     "gates behind the sequence": Fault("gates_of", "mask=row < length", "mask=row >= 0", f"memory|{BUDGET}"),

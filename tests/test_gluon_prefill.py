@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 import gluon_emulator
-from gated_delta.testing import oracle
-from gated_delta.testing.budget import assert_within_budget
 from gated_delta.testing.inputs import Inputs, prefill_inputs, to_device, with_state
 from helpers import DEVICE, FLOATS, Pool, nans, prefill, same_bits, sequences, span, tokens
 from prefill_helpers import assert_right, constant, every_fifth, run, serve, spread, unit
@@ -129,17 +127,19 @@ def test_lengths(length: int) -> None:
 @pytest.mark.parametrize(
     ("total", "count", "heads", "whole", "expected"),
     [
-        (32768, 8, 32, False, (True, False)),  # states fill the processors
-        (32768, 1, 8, False, (False, True)),  # here they do not
-        (32768, 1, 8, True, (False, False)),
-        (64, 1, 32, False, (True, False)),  # one launch is soonest done
-        (16384, 256, 32, True, (True, False)),
+        (32768, 8, 32, False, (True, False, False)),  # states fill the processors
+        (32768, 1, 8, False, (False, True, False)),  # here they do not
+        (32768, 1, 8, True, (False, True, True)),
+        (32768, 1, 32, False, (False, True, True)),
+        (32768, 2, 24, True, (False, False, False)),
+        (64, 1, 32, False, (True, False, False)),  # one launch is soonest done
+        (16384, 256, 32, True, (True, False, False)),
     ],
 )
 def test_plan(total: int, count: int, heads: int, whole: bool, expected: tuple[bool, bool]) -> None:
     """Whether programs prepare, and whether there are parts."""
-    _, part, make = host.plan(total, count, heads, 132, whole)
-    assert (make, part > 0) == expected
+    _, part, make, in_turn = host.plan(total, count, heads, 132, whole)
+    assert (make, part > 0, in_turn) == expected
 
 
 @with_either
@@ -351,47 +351,3 @@ def test_programs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_right(inputs, *found[0])
     for other in found[1:]:
         assert all(same_bits(x, y) for x, y in zip(found[0], other, strict=True))
-
-
-@pytest.fixture(params=[(1, 64), (2, 64), (2, 128)])
-def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tokens of a part, for the tests that want parts of short sequences."""
-    monkeypatch.setattr(host, "plan", lambda *_: host.Plan(*request.param))
-    return request.param[1]
-
-
-@pytest.mark.parametrize("name", ["weak", "strong", "alpha 0 and 1", "similar keys", "similar keys, no decay"])
-def test_parts(name: str, part: int) -> None:
-    inputs = GATES[name](torch.bfloat16)
-    assert_right(inputs, *run(inputs))
-
-
-def test_parts_of_many_sequences(part: int) -> None:
-    inputs = unit(small([0, 130, 64, 1, 0, 129, 0], hv=2, gates="weak"), 3.0)
-    for some in ({}, {"initial_state": None}):
-        assert_right(inputs | some, *run(inputs | some))
-
-
-def test_parts_with_padding_and_checkpoints(part: int) -> None:
-    """A pool in place; the second sequence is padding, the third has no state before, and tokens are left over."""
-    inputs, slots, has = small([200, 130, 140, 33], gates="weak"), [5, -1, 1], [1, 1, 0]
-    chosen = [0, 2]
-    logical = sequences(inputs, chosen)
-    logical["initial_state"] = logical["initial_state"] * torch.tensor([1.0, 0.0])[:, None, None, None]
-    pool = pool_of(torch.where(logical["initial_state"] == 0, torch.nan, logical["initial_state"]), [5, 1], 9)
-    stored = pool_of(nans(1, 1, 128, 128), [0], 8)
-    given = {**to_device(inputs, DEVICE), "initial_state": pool.view, "cu_seqlens": inputs["cu_seqlens"][:4].to(DEVICE)}
-    for name in ("q", "k", "v", "g", "beta"):
-        given[name] = given[name].clone()
-        given[name][200:330] = given[name][470:] = torch.nan
-    given |= {"state_indices": spread(slots), "has_initial_state": spread(has, torch.bool)}
-    given |= {"state_checkpoints": stored.view, "checkpoint_every_n_tokens": 64}
-    output, _ = prefill({**given, "checkpoint_cu_starts": spread([1, 4, 4, 6])}, backend="triton")
-    assert_right(logical, torch.cat((output[:200], output[330:470])), pool.view[[5, 1]])
-    assert bool((output[200:330] == 0).all() and (output[470:] == 0).all())
-    assert pool.untouched_except([5, 1])
-    assert stored.untouched_except([1, 2, 3, 4, 5])
-    logical["checkpoint_every_n_tokens"] = 64
-    plain = oracle.prefill(**logical, dtype=torch.float32, operands=torch.bfloat16).kept
-    exact = oracle.prefill(**logical).kept
-    assert_within_budget("checkpoints", stored.view[1:6].cpu(), torch.stack(plain), torch.stack(exact))

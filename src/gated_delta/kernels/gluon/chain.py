@@ -22,7 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from gated_delta.kernels.gluon.inverse import ACC, layout_of, rooms
 from gated_delta.kernels.gluon.jobs import job_of
 from gated_delta.kernels.gluon.load import load_all, make, pair
-from gated_delta.kernels.gluon.prepare import DECAY, FROM_K, FROM_Q, LINES, VECTORS, vectors_in_shared, wide
+from gated_delta.kernels.gluon.prepare import (
+    DECAY,
+    FROM_K,
+    FROM_Q,
+    LINES,
+    VECTORS,
+    griddepcontrol,
+    vectors_in_shared,
+    wide,
+)
 
 WIDE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 
@@ -81,11 +90,11 @@ def keep(
     S, states, places, done, chunks, length, with_values, tiles, sO, signals,
     GROUPS: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr, AT_ONCE: gl.constexpr,
 ):  # fmt: skip
-    """64 values of the state through all chunks of a job, before which so many were done; outputs of AT_ONCE tokens at
-    once, as there are registers for.
+    """64 values of the state through all chunks of a job, before which so many were done, and what they are then;
+    outputs of AT_ONCE tokens at once, as there are registers for.
     """
-    final, kept, output = states
-    is_last, before, every, f_line, c_row, c_line, o_row = places
+    kept, output = states
+    before, every, c_row, c_line, o_row = places
     sQ, sK, sV, sX, sP, factors = tiles
     full, empty, full_x = signals
     STAGES: gl.constexpr = sK.shape[0]
@@ -127,9 +136,7 @@ def keep(
                 store_state(kept + row * c_row, c_line, S)
     if OUT:
         store_outputs(output, o_row, sO, chunks - 1, length)
-    if final is not None:
-        if is_last:
-            store_state(final, f_line, S)
+    return S
 
 
 @gluon.jit
@@ -150,7 +157,7 @@ def keep_all(
 ):  # fmt: skip
     """:func:`keep` for all jobs, from states in memory, with outputs; zeros for padding, if wanted."""
     (
-        source, s_place, s_slot, s_head, s_line, has_state, has_stride, final, f_slot, f_head, f_line,
+        source, s_place, s_slot, s_head, s_line, has_state, has_stride, final, f_slot, f_head, f_line, carry,
         checkpoints, starts, starts_stride, c_row, c_head, c_line, every, output, o_row, o_head,
     ) = states  # fmt: skip
     done = gl.to_tensor(0)
@@ -162,23 +169,27 @@ def keep_all(
             if ZERO_PADDING:
                 zero_rows(rows, part, o_row)
         elif (part > 0) | (before == 0):
-            own, own_final, kept, is_there = source, final, checkpoints, slot >= 0
+            own, kept, is_there = source, checkpoints, slot >= 0
             if source is not None:
-                own += place * s_place + slot * s_slot + head * s_head + values * wide(s_line)
+                own += slot * s_slot + head * s_head + values * wide(s_line)
+                if PARTS:
+                    own += place * s_place
             if has_state is not None:
                 is_there = gl.load(has_state + sequence * has_stride) != 0
-            if final is not None:
-                own_final += slot * f_slot + head * f_head + values * wide(f_line)
             if checkpoints is not None:
                 row = gl.load(starts + sequence * starts_stride).to(gl.int64)
                 kept += row * c_row + head * c_head + values * wide(c_line)
             S, chunks = first_state(own, s_line, is_there), (part + 63) // 64
-            places = (before + part >= length, before, every, f_line, c_row, c_line, o_row)
-            keep(
-                S, (own_final, kept, rows), places, done, chunks, part, True, tiles, sO.index(GROUP), signals,
-                GROUPS, True, GROUP, AT_ONCE,
+            S = keep(
+                S, (kept, rows), (before, every, c_row, c_line, o_row), done, chunks, part, True, tiles,
+                sO.index(GROUP), signals, GROUPS, True, GROUP, AT_ONCE,
             )  # fmt: skip
             done += chunks
+            if before + part < length:
+                if carry is not None:
+                    store_state(carry + (head * 128 + values) * 128, 128, S)
+            elif final is not None:
+                store_state(final + (slot * f_slot + head * f_head + values * wide(f_line)), f_line, S)
 
 
 @gluon.jit
@@ -233,21 +244,23 @@ def run(
         ], [4], REGISTERS)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["null_slot", "L", "N", "size", "halves", "places"])
+@gluon.jit(do_not_specialize=["null_slot", "L", "N", "size", "halves", "places", "at", "count"])
 def chain(
-    q, k, v, x, p, vectors, g, beta, cu_seqlens, slots, source, has_state, final, checkpoints,
-    checkpoint_starts, output, scale, null_slot, L, N, size, halves, places, every,
+    q, k, v, x, p, vectors, g, beta, cu_seqlens, slots, source, has_state, final, carry, checkpoints,
+    checkpoint_starts, output, scale, null_slot, L, N, size, halves, places, at, count, every,
     q_head, k_head, v_head, g_row, g_head, beta_row, beta_head, o_row, o_head, cu_stride,
-    slot_stride, has_stride, starts_stride, s_slot, s_head, s_line, f_slot, f_head, f_line, c_row, c_head, c_line,
+    slot_stride, has_stride, starts_stride, s_place, s_slot, s_head, s_line, f_slot, f_head, f_line,
+    c_row, c_head, c_line,
     RQ: gl.constexpr, RK: gl.constexpr, RV: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr,
     STAGES: gl.constexpr, MAKE: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr, ZERO_PADDING: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """The states of so many places, sequences or with PARTS ``size`` tokens of one, which have so many ``halves``, jobs
-    of 64 or of 128 values of a head. With PARTS a state is at its place in ``source``.
+    """``count`` jobs, of 64 or of 128 values of a head, so many ``halves`` for each of ``places``: sequences, or with
+    PARTS ``size`` tokens of one, from the place ``at`` on, whose state, if more follow, goes to ``carry``.
     """
-    count = halves * (places + 1 if ZERO_PADDING else places)
-    where = (halves, places, L, N, cu_seqlens, cu_stride, slots, slot_stride, null_slot, size)
+    if carry is not None:
+        griddepcontrol("launch_dependents")
+    where = (halves, places, at, L, N, cu_seqlens, cu_stride, slots, slot_stride, null_slot, size)
     jobs = (gl.program_id(0), count, gl.num_programs(0), where)
     tiles = buffers(q.dtype, GROUPS, STAGES, MAKE)
     # Arrivals: of vectors, and of tiles where nobody has waited for these; of groups; of v, and of X and P'.
@@ -255,11 +268,8 @@ def chain(
     signals = (full, barriers(STAGES, GROUPS), full_x)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], q.dtype)
     sO = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, 64], square)
-    s_place = 0
-    if PARTS:
-        s_place, s_slot = s_slot, 0
     states = (
-        source, s_place, s_slot, s_head, s_line, has_state, has_stride, final, f_slot, f_head, f_line,
+        source, s_place, s_slot, s_head, s_line, has_state, has_stride, final, f_slot, f_head, f_line, carry,
         checkpoints, checkpoint_starts, starts_stride, c_row, c_head, c_line, every, output, o_row, o_head,
     )  # fmt: skip
     sources = (q, k, v, q_head, k_head, v_head)

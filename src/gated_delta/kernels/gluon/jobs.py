@@ -21,7 +21,8 @@ def part_of(cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size
     length = (gl.load(cu_seqlens + (sequence + 1) * cu_stride).to(gl.int64) - begin).to(gl.int32)
     part = length
     if PARTS:
-        before = (place - (begin // size + sequence)).to(gl.int32) * size
+        # In 32 bits: one of 64 is a call, and the compiler takes what follows from it for different in every thread.
+        before = (place - (narrow(begin) // size + sequence)) * size
         part = gl.minimum(length - before, size)
     slot = slot_of(slots, slot_stride, sequence, null_slot)
     return sequence.to(gl.int64), slot, begin, length, before, part
@@ -32,9 +33,11 @@ def job_of(jobs, job, GROUPS: gl.constexpr, PARTS: gl.constexpr):
     """A job's head, the first of its values, its place, and :func:`part_of` that. Behind the last place are the tokens
     behind the last sequence, which are padding.
     """
-    halves, places, L, N, cu_seqlens, cu_stride, slots, slot_stride, null_slot, size = jobs[3]
+    halves, places, at, L, N, cu_seqlens, cu_stride, slots, slot_stride, null_slot, size = jobs[3]
     job = gl.to_tensor(job)
     half, place = job % halves * GROUPS, job // halves
+    if PARTS:
+        place += at
     if place < places:
         sequence, slot, begin, length, before, part = part_of(
             cu_seqlens, cu_stride, slots, slot_stride, null_slot, N, place, size, PARTS

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from gated_delta.kernels.gluon.chain import WIDE, barriers, buffers, keep
+from gated_delta.kernels.gluon.chain import WIDE, barriers, buffers, keep, store_state
 from gated_delta.kernels.gluon.jobs import part_of
 from gated_delta.kernels.gluon.load import load
 from gated_delta.kernels.gluon.prepare import VECTORS, narrow
@@ -20,12 +20,14 @@ from gated_delta.kernels.gluon.prepare import VECTORS, narrow
 @gluon.jit
 def keep_summary(unit, rest, GROUP: gl.constexpr):
     """:func:`keep` from zero, or from the unit matrix, without outputs."""
-    maps, places, chunks, length, tiles, signals = rest
+    maps, chunks, length, tiles, signals = rest
     row = (GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, WIDE)))[:, None]
     column = gl.arange(0, 128, gl.SliceLayout(0, WIDE))[None, :]
     S = gl.where((row == column) & unit, 1.0, 0.0)
-    states = (maps + GROUP * 64 * 128, None, None)
-    keep(S, states, places, 0, chunks, length, unit == 0, tiles, None, signals, 2, False, GROUP, 64)
+    places = (0, 64, 0, 0, 0)
+    S = keep(S, (None, None), places, 0, chunks, length, unit == 0, tiles, None, signals, 2, False, GROUP, 64)
+    if chunks > 0:
+        store_state(maps + GROUP * 64 * 128, 128, S)
 
 
 @gluon.jit(do_not_specialize=["null_slot", "N", "size"])
@@ -48,7 +50,7 @@ def summary(
     tiles = buffers(k.dtype, 2, STAGES, False)
     signals = (barriers(STAGES, 129), barriers(STAGES, 2), barriers(2, 1))
     chunks = (part + 63) // 64
-    rest = (maps, (chunks > 0, 0, 64, 128, 0, 0, 0), chunks, part, tiles, signals)
+    rest = (maps, chunks, part, tiles, signals)
     made = (x, x, vectors + chunk * VECTORS, narrow(chunk), heads)
     sources = (k, k, v, 0, narrow(head // RK * k_head), narrow(head // RV * v_head), narrow(first))
     gl.warp_specialize([

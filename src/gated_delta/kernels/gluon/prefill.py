@@ -1,5 +1,5 @@
-"""Prefill on Hopper: one launch, two, or four where the parts of sequences are worked on side by side. Grids and memory
-follow from shapes alone, for CUDA graphs.
+"""Prefill on Hopper: one launch, two, four where the parts of sequences are worked on side by side, or two for each
+part of a sequence in turn. Grids and memory follow from shapes alone, for CUDA graphs.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,16 @@ STAGES = 3
 """Chunks whose q and k have room. fp16 has room for two in programs that prepare: N has two parts."""
 ROWS = 16
 """Values of a state that a program of :func:`states_before` takes."""
-PREPARE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.1, 1.0, 1.72, 3.4, 1.4
-"""What a chunk takes: of a processor to be prepared; where one group has a processor, where two have, and where two
-more prepare it; of a summary. From measurements on an H200 (docs/prefill.md), as what follows.
+PREPARE_US, BESIDE_US, ALONE_US, CHUNK_US, MAKE_US, SUMMARY_US = 2.1, 2.25, 1.0, 1.72, 3.4, 1.15
+"""What a chunk takes: of a processor to be prepared, and beside a chain; where one group has a processor, where two
+have, and where two more prepare it; of a summary. From measurements on an H200 (docs/prefill.md), as what follows.
 """
 LAUNCH_US, JOB_US, PART_US, SPLIT_US = 3.0, 4.6, 3.0, 4.0
 """What takes a launch; a job, beside its chunks; a part on the way through a sequence; two launches more for parts."""
+MOST_TURNS = 16
+
+Made = tuple[Tensor, Tensor, Tensor]
+"""Of all chunks: X, the transpose of P', and vectors."""
 
 
 class Plan(NamedTuple):
@@ -44,9 +48,13 @@ class Plan(NamedTuple):
     """Tokens of a part, 0 for whole sequences."""
     make: bool = False
     """Whether a program prepares its chunks itself."""
+    in_turn: bool = False
+    """Whether the parts, of one sequence alone, are gone through one after the other, the next one prepared meanwhile
+    on processors that the states leave idle; no bit hangs on it.
+    """
 
 
-PLANS = (Plan(1), Plan(2), Plan(2, make=True), Plan(1, CHUNK), Plan(2, CHUNK))
+PLANS = Plan(1), Plan(2), Plan(2, make=True), Plan(1, CHUNK), Plan(2, CHUNK), Plan(1, CHUNK, in_turn=True)
 """All for which something else is compiled."""
 _TAKEN: ContextVar[Plan | None] = ContextVar("plan", default=None)
 
@@ -62,14 +70,15 @@ def plan(total: int, count: int, heads: int, processors: int, whole: bool) -> Pl
     """What is soonest done, if all sequences are as long as the mean; ``whole`` sequences if they must be."""
     chunks = -(-total // (CHUNK * max(count, 1)))
     step = 1 << max(chunks.bit_length() - 4, 0)  # few different ones, for the cache
-    groups, parts, make = _soonest(-(-chunks // step) * step, count * heads, processors, whole)
-    return Plan(groups, CHUNK * -(-chunks // parts) if parts > 1 else 0, make)
+    groups, parts, *how = _soonest(-(-chunks // step) * step, count, heads, processors, whole)
+    return Plan(groups, CHUNK * -(-chunks // parts) if parts > 1 else 0, *how)
 
 
 @cache
-def _soonest(chunks: int, states: int, processors: int, whole: bool) -> tuple[int, int, bool]:
-    """Groups, parts and whether programs prepare, for sequences of so many chunks."""
-    best, least = (2, 1, True), -(-states // processors) * (MAKE_US * chunks + JOB_US)
+def _soonest(chunks: int, count: int, heads: int, processors: int, whole: bool) -> tuple[int, int, bool, bool]:
+    """Groups, parts, whether programs prepare, and whether parts come in turn, for sequences of so many chunks."""
+    states = count * heads
+    best, least = (2, 1, True, False), -(-states // processors) * (MAKE_US * chunks + JOB_US)
     most = 1 if whole else min(chunks, 3 * processors // max(states, 1) + 1)
     for parts in range(1, most + 1):
         length = -(-chunks // parts)
@@ -80,7 +89,14 @@ def _soonest(chunks: int, states: int, processors: int, whole: bool) -> tuple[in
         for groups, each in ((2, CHUNK_US), (1, ALONE_US)):
             needed = -(-states * parts * 2 // (groups * processors)) * (each * length + JOB_US) + before
             if needed < least:
-                best, least = (groups, parts, False), needed
+                best, least = (groups, parts, False, False), needed
+    idle = processors - 2 * heads
+    for parts in range(2, min(chunks, MOST_TURNS) + 1) if count == 1 and idle > 0 else ():
+        length = -(-chunks // parts)
+        each = max(ALONE_US, BESIDE_US * heads / idle) * length + JOB_US + LAUNCH_US
+        needed = parts * each + PREPARE_US * length * heads / processors
+        if needed < least:
+            best, least = (1, parts, False, True), needed
     return best
 
 
@@ -129,33 +145,59 @@ def bound_prefill(call: Prefill) -> Start:
     """``chunk_gated_delta_rule`` for K = V = 128 and activations of 16 bits: takes the addresses of the tensors."""
     launches = Launches(*tensors(call))
     (total, heads, _), count = call.output.shape, call.cu_seqlens.shape[0] - 1
-    # Parts change bits, and a checkpoint has those of the final state of a prefix.
+    # Parts side by side change bits, and a checkpoint has those of the final state of a prefix.
     whole = call.batch_invariant or call.checkpoints is not None
-    groups, part, make = _TAKEN.get() or plan(total, count, heads, _processors(call.q.device), whole)
+    chosen = _TAKEN.get() or plan(total, count, heads, _processors(call.q.device), whole)
     if total == 0 and count == 0:
         return launches.bound()
     if total == 0:  # the copy engine wants addresses
         q, k, v = (launches.scratch(1, *y.shape[1:], dtype=y.dtype) for y in (call.q, call.k, call.v))
         call = call._replace(q=q, k=k, v=v)
-    q, k, v, cu_seqlens, output = call.q, call.k, call.v, call.cu_seqlens, call.output
-    source, has_initial_state = call.source, call.has_initial_state
-    places, g, beta, x, p, vectors = count, None, None, None, None, None
-    if make:
-        g, beta = _gates(call)
-    else:
-        x, p, vectors = _prepared(call, launches)
-        if part:
-            places += total // part
-            source, has_initial_state = _states_before(call, launches, x, vectors, part, places), None
-        x, p = tiles(x), tiles(p)
+    slots, alone = total // CHUNK + max(count, 1), chosen.in_turn and count == 1
+    turns, each = (-(-total // chosen.part), chosen.part // CHUNK) if alone else (1, slots)
+    made, states = None, launches.scratch(1, heads, 128, 128, dtype=torch.float32) if alone else None
+    if not chosen.make:
+        x, p = (launches.scratch(slots, heads, CHUNK, columns, dtype=call.q.dtype) for columns in (128, CHUNK))
+        made = x, p, launches.scratch(slots, heads, VECTORS.value, dtype=torch.float32)
+    for turn in range(turns):
+        if made is not None:
+            first = turn * each
+            _prepare(call, launches, made, first, min(each, slots - first), beside=turn > 0)
+            if chosen.part and not alone:
+                states = _states_before(call, launches, made, chosen.part)
+        _go_through(call, launches, chosen, made, states, (turn, turns) if alone else None)
+    return launches.bound()
+
+
+def _go_through(
+    call: Prefill, launches: Launches, chosen: Plan, made: Made | None, states: Tensor | None,
+    turn: tuple[int, int] | None,
+) -> None:  # fmt: skip
+    """Take states through chunks. ``states``: those that parts start from, or with a turn, which of how many, what one
+    leaves to the next.
+    """
+    q, k, v, output, cu_seqlens = call.q, call.k, call.v, call.output, call.cu_seqlens
+    (total, heads, _), count = output.shape, cu_seqlens.shape[0] - 1
+    groups, part, make, _ = chosen
+    x, p, vectors = made or (None, None, None)
+    g, beta = _gates(call) if make else (None, None)
+    source, has_initial_state, steps = call.source, call.has_initial_state, (0, *strides(call.source, 0))
+    first, places, carry = 0, count + (total // part if part else 0), None
+    jobs = places + call.zero_padding
+    if turn is not None:
+        (first, places), carry = turn, states
+        jobs = 1 + (call.zero_padding and first + 1 == places)
+    if states is not None and (turn is None or first > 0):
+        source, has_initial_state, steps = states, None, (states.stride(0) if turn is None else 0, 0)
     halves = heads * 2 // groups
     args = (
-        rows(q), rows(k), rows(v, 64), x, p, vectors, g, beta, cu_seqlens, call.state_indices, source,
-        has_initial_state, call.final_state, call.checkpoints, call.checkpoint_starts, output, call.scale,
-        call.null_slot, total, count, part, halves, places, call.checkpoint_every, q.stride(1), k.stride(1),
-        v.stride(1), *strides(g, 0, 1), *strides(beta, 0, 1), *strides(output, 0, 1), *strides(cu_seqlens, 0),
-        *strides(call.state_indices, 0), *strides(has_initial_state, 0), *strides(call.checkpoint_starts, 0),
-        *strides(source, 0, 1, 2), *strides(call.final_state, 0, 1, 2), *strides(call.checkpoints, 0, 1, 2),
+        rows(q), rows(k), rows(v, 64), x if x is None else tiles(x), p if p is None else tiles(p), vectors, g, beta,
+        cu_seqlens, call.state_indices, source, has_initial_state, call.final_state, carry, call.checkpoints,
+        call.checkpoint_starts, output, call.scale, call.null_slot, total, count, part, halves, places, first,
+        halves * jobs, call.checkpoint_every, q.stride(1), k.stride(1), v.stride(1), *strides(g, 0, 1),
+        *strides(beta, 0, 1), *strides(output, 0, 1), *strides(cu_seqlens, 0), *strides(call.state_indices, 0),
+        *strides(has_initial_state, 0), *strides(call.checkpoint_starts, 0), *steps, *strides(source, 1, 2),
+        *strides(call.final_state, 0, 1, 2), *strides(call.checkpoints, 0, 1, 2),
     )  # fmt: skip
     constants: dict[str, Any] = {
         "RQ": heads // q.shape[1], "RK": heads // k.shape[1], "RV": heads // v.shape[1], "GROUPS": groups,
@@ -163,9 +205,7 @@ def bound_prefill(call: Prefill) -> Start:
         "NORM": make and call.use_qk_l2norm, "LOG": make and call.log_gates, "ZERO_PADDING": call.zero_padding,
         "REGISTERS": REGISTERS[groups + make],
     }  # fmt: skip
-    grid = (min(halves * (places + call.zero_padding), _processors(q.device)),)
-    launches.add(chain, grid, args, constants, warps=4)
-    return launches.bound()
+    launches.add(chain, (min(halves * jobs, _processors(q.device)),), args, constants, warps=4)
 
 
 def _gates(call: Prefill) -> tuple[Tensor, Tensor]:
@@ -175,30 +215,28 @@ def _gates(call: Prefill) -> tuple[Tensor, Tensor]:
     return g, beta
 
 
-def _prepared(call: Prefill, launches: Launches) -> tuple[Tensor, Tensor, Tensor]:
-    """What every chunk does: X, the transpose of P', and their vectors."""
+def _prepare(call: Prefill, launches: Launches, made: Made, first: int, slots: int, *, beside: bool) -> None:
+    """What the chunks in so many slots do; ``beside`` the launch before, which ends no later."""
     q, k, cu_seqlens, state_indices = call.q, call.k, call.cu_seqlens, call.state_indices
-    (total, heads, _), count = call.output.shape, cu_seqlens.shape[0] - 1
+    (x, p, vectors), heads, count = made, call.output.shape[1], cu_seqlens.shape[0] - 1
     g, beta = _gates(call)
-    slots = total // CHUNK + max(count, 1)
-    x, p = (launches.scratch(slots, heads, CHUNK, columns, dtype=q.dtype) for columns in (128, CHUNK))
-    vectors = launches.scratch(slots, heads, VECTORS.value, dtype=torch.float32)
     args = (
         rows(q), rows(k), tiles(x), tiles(p), g, beta, cu_seqlens, state_indices, vectors, call.scale,
-        call.null_slot, count, heads, q.stride(1), k.stride(1), *strides(g, 0, 1), *strides(beta, 0, 1),
-        *strides(cu_seqlens, 0), *strides(state_indices, 0),
+        call.null_slot, count, heads, first, slots * heads, q.stride(1), k.stride(1), *strides(g, 0, 1),
+        *strides(beta, 0, 1), *strides(cu_seqlens, 0), *strides(state_indices, 0),
     )  # fmt: skip
     constants = {"RQ": heads // q.shape[1], "RK": heads // k.shape[1]}
     constants |= {"NORM": call.use_qk_l2norm, "LOG": call.log_gates}
     if count > 0:
-        launches.add(prepare, (slots * heads,), args, constants, warps=4, registers=PREPARE_REGISTERS[q.dtype])
-    return x, p, vectors
+        grid, registers = (slots * heads + beside,), PREPARE_REGISTERS[q.dtype]
+        launches.add(prepare, grid, args, constants, warps=4, registers=registers, beside=beside)
 
 
-def _states_before(call: Prefill, launches: Launches, x: Tensor, vectors: Tensor, part: int, places: int) -> Tensor:
+def _states_before(call: Prefill, launches: Launches, made: Made, part: int) -> Tensor:
     """The states that parts start from, ``[places, HV, V, K]`` fp32."""
-    k, v, cu_seqlens, state_indices = call.k, call.v, call.cu_seqlens, call.state_indices
-    heads, count = x.shape[1], cu_seqlens.shape[0] - 1
+    k, v, cu_seqlens, state_indices, (x, _, vectors) = call.k, call.v, call.cu_seqlens, call.state_indices, made
+    (total, heads, _), count = call.output.shape, cu_seqlens.shape[0] - 1
+    places = count + total // part
     maps = launches.scratch(places, heads, 2, 128, 128, dtype=torch.float32)
     states = launches.scratch(places, heads, 128, 128, dtype=torch.float32)
     args = (

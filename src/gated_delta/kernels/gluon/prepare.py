@@ -53,6 +53,14 @@ def wide(x):
 
 
 @gluon.jit
+def griddepcontrol(WHAT: gl.constexpr):
+    """Between kernels that run side by side (programmatic dependent launch): launch_dependents lets the next one begin
+    when all programs have come here, wait returns when the one before has ended. Nothing, where they do not.
+    """
+    gl.inline_asm_elementwise("griddepcontrol." + WHAT + "; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def narrow(x):
     """A coordinate for the copy engine."""
     return gl.to_tensor(x).to(gl.int32)
@@ -311,16 +319,19 @@ def without_state(sK, sP, sX, room, vectors, signals, parity, nothing, NORM: gl.
     fence_async_shared()
 
 
-@gluon.jit(do_not_specialize=["N", "null_slot", "heads"])
+@gluon.jit(do_not_specialize=["N", "null_slot", "heads", "at", "count"])
 def prepare(
-    q, k, x, p, g, beta, cu_seqlens, slots, vectors, scale, null_slot, N, heads,
+    q, k, x, p, g, beta, cu_seqlens, slots, vectors, scale, null_slot, N, heads, at, count,
     q_head, k_head, g_row, g_head, beta_row, beta_head, cu_stride, slot_stride,
     RQ: gl.constexpr, RK: gl.constexpr, NORM: gl.constexpr, LOG: gl.constexpr,
 ):  # fmt: skip
-    """One chunk of one state head. RQ, RK: state heads to a head of q and of k. Heads of a chunk come one behind the
-    other: they share tiles of q and k, and their gates lie next to each other.
+    """One chunk of one state head, of ``count`` from the slot ``at`` on. RQ, RK: state heads to a head of q and of k.
+    Heads of a chunk come one behind the other: they share tiles of q and k, and their gates lie next to each other.
     """
-    place, head = gl.program_id(0) // heads, (gl.program_id(0) % heads).to(gl.int64)
+    if gl.program_id(0) >= count:  # one more, where chain runs beside: neither ends before both have
+        griddepcontrol("wait")
+        return
+    place, head = at + gl.program_id(0) // heads, (gl.program_id(0) % heads).to(gl.int64)
     sequence = sequence_of(cu_seqlens, cu_stride, N, place, 64)
     begin = gl.load(cu_seqlens + sequence * cu_stride).to(gl.int64)
     end = gl.load(cu_seqlens + (sequence + 1) * cu_stride).to(gl.int64)

@@ -31,7 +31,7 @@ _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 def bind(
     kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any], *, warps: int, stages: int = 1,
-    registers: int | None = None,
+    registers: int | None = None, beside: bool = False,
 ) -> Start:  # fmt: skip
     """Compile ``kernel`` for such arguments, or take what was compiled (in this process, or in Triton's disk cache).
 
@@ -40,17 +40,19 @@ def bind(
             for memory that begins at a multiple of 16 bytes.
         constants: its ``tl.constexpr`` parameters, which come after ``args``.
         registers: most that a thread may take, so that more programs run side by side.
+        beside: begin as soon as all programs of the kernel before let it (programmatic dependent launch).
     """
     if isinstance(kernel, InterpretedFunction):
         return lambda *given: kernel[grid](*given, **constants)
     rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
     device = next(i for x in args if isinstance(x, Tensor) and (i := x.get_device()) >= 0)
     traits = [_number(x) if isinstance(x, int) else _trait(x) for x in args]
-    key = (kernel.fn, device, warps, stages, registers, rest, *traits)
+    key = (kernel.fn, device, warps, stages, registers, beside, rest, *traits)
     compiled = _COMPILED.get(key)
     if compiled is None:
         with torch.cuda.device(device), newest_assembler(torch.cuda.get_device_capability()):
-            compiled = kernel.warmup(*args, *rest, grid=grid, num_warps=warps, num_stages=stages, maxnreg=registers)
+            options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "launch_pdl": beside}
+            compiled = kernel.warmup(*args, *rest, grid=grid, **options)
             compiled._init_handles()  # loads it onto this device
         _COMPILED[key] = compiled
     tiles = [(i, at(x, None)) for i, x in enumerate(args) if isinstance(x, TensorDescriptor)]

@@ -90,6 +90,14 @@ def test_other_activations(name: str, dtype: torch.dtype) -> None:
     assert_right(inputs, *run(inputs))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="goes token by token; what it looks for is a compiler's")
+def test_fp32_does_not_drift() -> None:
+    """Were the state that is stored rounded otherwise than the one that goes on, errors would add up."""
+    sizes: dict[str, Any] = {"hq": 1, "hk": 1, "hv": 1, "head_k": 32, "head_v": 32}
+    inputs = prefill_inputs([8192], **sizes, gates="none", dtype=torch.float32)
+    assert_right(inputs, *run(inputs))
+
+
 def test_a_strong_decay_costs_the_weak_ones_behind_it_nothing() -> None:
     """fp16, so that an error of the gates would show: half a chunk of zeros, then weak gates."""
     inputs = small([64], dtype=torch.float16, gates="weak", g_space="linear")

@@ -116,7 +116,9 @@ def chain(
             u -= tl.sum(S * kt[:, None], axis=0)
             if beta is not None:
                 u *= tl.load(beta + (begin + at) * beta_row + head)
-            S += kt[:, None] * u[None, :]
+            # Said, since the compiler keeps S in two layouts: were it to round them differently, the one that is stored
+            # would drift from the one that u comes from.
+            S = tl.fma(kt[:, None], u[None, :], S)
             o = scale * tl.sum(S * qt[:, None], axis=0)
             tl.store(output + at * o_row, o.to(output.dtype.element_ty), mask=ov < V)
             if checkpoints is not None:  # noqa: SIM102 (the one is known when the kernel is compiled, the other is not)

@@ -47,7 +47,7 @@ def test_the_package_is_small() -> None:
 
 def test_the_package_grows_no_further() -> None:
     """Until it is small again, and this test goes."""
-    assert lines_of_the_package() < 10_164
+    assert lines_of_the_package() < 10_140
 
 
 def lines_of_the_package() -> int:

@@ -11,7 +11,7 @@ import torch
 
 import gated_delta as gd
 from gated_delta import library
-from gated_delta.batch import GatedDeltaNetBatch, Row
+from gated_delta.batch import GatedDeltaNetBatch, Row, SpecRow
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.errors import OptionError, WarmupError
 from gated_delta.interop import fla, transformers
@@ -32,7 +32,7 @@ def shapes(**options: Any) -> Any:
 @pytest.mark.parametrize("num_spec", [0, 2])
 def test_every_case_runs(num_spec: int) -> None:
     cases = module._cases(shapes(num_spec=num_spec))
-    assert len(cases) == (25 if num_spec else 17)
+    assert len(cases) == (29 if num_spec else 21)
     for case in cases:
         case()
 
@@ -86,6 +86,18 @@ def test_a_prefill_of_the_layer_is_among_the_cases(monkeypatch: pytest.MonkeyPat
         layer(torch.zeros(70, 64).bfloat16(), GatedDeltaNetBatch.build([Row(70, 0, fresh=True)]), state)
     assert len(asked) == 1
     assert asked[0] in warmed
+
+
+def test_steps_of_the_layer_are_among_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed, asked = asked_of("gated_delta_net_step", module._step, monkeypatch)
+    layer, state = GatedDeltaNetAttention(CONFIG).bfloat16(), StatePool(CONFIG, layers=1, slots=4, num_spec=2).layer(0)
+    rows = [Row(1, 3)], [SpecRow(3, [0, 1, 2], 1)]
+    with torch.no_grad():
+        for some in rows:
+            batch = GatedDeltaNetBatch.build(some, num_spec=2)
+            layer(torch.zeros(batch.num_actual_tokens, 64).bfloat16(), batch, state)
+    assert len(asked) == 2
+    assert set(asked) <= set(warmed)
 
 
 def test_processes_share_the_cases() -> None:

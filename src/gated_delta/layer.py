@@ -199,8 +199,8 @@ class GatedDeltaNetAttention(nn.Module):
     def warmup(self, state: LayerState, *, max_batch: int = 256) -> None:
         """Run what a step can be, over rows of padding: kernels compile and load, and no state changes.
 
-        Afterwards no step of up to ``max_batch`` rows compiles anything. :func:`gated_delta.warmup` compiles most of it
-        before, in several processes.
+        Afterwards no step of up to ``max_batch`` rows compiles anything, unless it has a lone prompt of more than 8,192
+        tokens, on Hopper. :func:`gated_delta.warmup` compiles most of it before, in several processes.
 
         Args:
             state: a layer of the pool that will be used; how its memory lies decides what is compiled.
@@ -220,9 +220,11 @@ class GatedDeltaNetAttention(nn.Module):
             run([Row(1, -1)] * rows)
             if num_spec:
                 run([SpecRow(num_spec + 1, [-1] * (num_spec + 1), 1)] * rows)
-        # Prefills of one chunk and of more, of so many sequences that their states fill 256 processors. Behind decodes
-        # has_initial_state, or the slots too, do not begin at a multiple of 16 bytes.
-        for rows, length, decodes in product(range(1, 256 * 64 // self.config.value_dim + 3), (16, 70), (0, 1, 4)):
+        # Prefills of one chunk and of more, of so many sequences that their states fill 256 processors, and long ones,
+        # which Hopper has other kernels for. Behind decodes has_initial_state, or the slots too, do not begin at a
+        # multiple of 16 bytes.
+        prefills = [*product(range(1, 256 * 64 // self.config.value_dim + 3), (16, 70)), (1, 2048), (1, 8192)]
+        for (rows, length), decodes in product(prefills, (0, 1, 4)):
             run([Row(1, -1)] * decodes + [Row(length, -1, fresh=True)] * rows)
         if num_spec:
             run([SpecRow(1, [-1], 1), Row(70, -1, fresh=True)])

@@ -25,9 +25,12 @@ from torch import Tensor
 from gated_delta import dispatch, library
 from gated_delta.config import GatedDeltaNetConfig
 from gated_delta.conv import causal_conv1d, causal_conv1d_update
+from gated_delta.decode import gated_delta_net_step
 from gated_delta.errors import WarmupError
+from gated_delta.layer import Projected, projection_sizes
 from gated_delta.norm import rms_norm_gated
 from gated_delta.prefill import gates
+from gated_delta.state import StatePool
 from gated_delta.validation.arguments import FLOATS, Arguments, describe_dtypes
 
 
@@ -155,6 +158,7 @@ def _cases(s: _Shapes) -> list[Callable[[], object]]:
         for form in (("pool",), (), ("K-major",)):
             cases.append(partial(_recurrent, s, 1, given, "final", *form))
     cases += [partial(_recurrent, s, 1, False, "final", "ready", *form) for form in ((), ("K-major",))]
+    cases += [partial(_step, s, layout, dtype) for layout in ("SD", "DS") for dtype in {s.dtype, torch.float32}]
     return [*cases, partial(_around, s)]
 
 
@@ -202,6 +206,26 @@ def _prefill(s: _Shapes, length: int, *, pooled: bool, known: bool) -> None:
         )  # fmt: skip
 
 
+def _step(s: _Shapes, conv_layout: str, conv_dtype: torch.dtype) -> None:
+    """A layer's fused step, and its speculative one, at every size of batch: rows of padding, which change no state."""
+    c, device, options = s.config, s.device, {"conv_layout": conv_layout, "conv_dtype": conv_dtype}
+    pool = StatePool(c, layers=1, slots=1, num_spec=s.num_spec, state_dtype=s.state_dtype, device=device, **options)
+    state, weight, per_head = pool.layer(0), s.empty(c.conv_dim, c.conv_width), s.empty(c.num_v_heads)
+    for rows, steps, dtype in product(range(1, s.max_batch + 1), {1, s.num_spec + 1}, {s.dtype, torch.float32}):
+        ragged: dict[str, Any] = {"state_indices": torch.full((rows, steps), -1, dtype=torch.int32, device=device)}
+        if steps > 1:
+            ragged["cu_seqlens"] = torch.arange(rows + 1, dtype=torch.int32, device=device) * steps
+            ragged["num_accepted_tokens"] = torch.ones(rows, dtype=torch.int32, device=device)
+        else:
+            ragged["state_indices"] = ragged["state_indices"][:, 0]
+        heads = Projected(c, tuple(s.empty(rows * steps, size) for size in projection_sizes(c).values())).heads
+        gated_delta_net_step(
+            *heads, state.conv, weight, state.recurrent, per_head.float(), per_head, s.empty(c.head_v_dim, dtype=dtype),
+            eps=c.norm_eps, activation=c.output_gate, allow_neg_eigval=c.allow_neg_eigval, tickets=state.tickets,
+            **ragged,
+        )  # fmt: skip
+
+
 def _around(s: _Shapes) -> None:
     """Convolution in all its forms, the gates, and the norm."""
     c, tokens = s.config, s.num_spec + 1
@@ -221,6 +245,6 @@ def _around(s: _Shapes) -> None:
             causal_conv1d_update(x, **rows, num_accepted_tokens=slots + 1, cu_seqlens=starts)
     a, per_head = s.empty(tokens, c.num_k_heads, c.ratio), s.empty(c.num_v_heads, dtype=torch.float32)
     gates(per_head, a, per_head.to(s.dtype), a, allow_neg_eigval=c.allow_neg_eigval)
-    for count in (1, s.max_batch):
+    for count, dtype in product((1, s.max_batch), {s.dtype, torch.float32}):
         y = s.empty(count, c.num_v_heads, c.head_v_dim)
-        rms_norm_gated(y, y, s.empty(c.head_v_dim, dtype=torch.float32), c.norm_eps, c.output_gate)
+        rms_norm_gated(y, y, s.empty(c.head_v_dim, dtype=dtype), c.norm_eps, c.output_gate)

@@ -158,7 +158,7 @@ def _cases(s: _Shapes) -> list[Callable[[], object]]:
         for form in (("pool",), (), ("K-major",)):
             cases.append(partial(_recurrent, s, 1, given, "final", *form))
     cases += [partial(_recurrent, s, 1, False, "final", "ready", *form) for form in ((), ("K-major",))]
-    cases += [partial(_step, s, layout, dtype) for layout in ("SD", "DS") for dtype in {s.dtype, torch.float32}]
+    cases += [partial(_step, s, layout, dtype) for layout in ("SD", "DS") for dtype in (s.dtype, torch.float32)]
     return [*cases, partial(_around, s)]
 
 
